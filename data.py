@@ -1,0 +1,560 @@
+"""Data: CIFAR-10 and CIFAR-100, drawn shapes, the split, the order of samples, and augmentation of whole batches.
+
+    python data.py --dataset shapes --grid grid.png      # the first 64 images, raw and augmented, with class names
+    python data.py --dataset cifar10 --stats             # mean, std and principal components of the pixels
+    python data.py --dataset cifar10 --time              # images/s of the augmentation, beside torchvision's
+
+Images stay uint8 (N, 3, H, W) until a batch is on its device. There a `BatchTransform` scales them to [0, 1], augments
+them with one random draw an image, and normalises them. Nothing random has a state: the order of an epoch follows from
+(seed, epoch), a batch's augmentation from (seed, epoch, step, shard), so a run can continue at any step.
+"""
+
+import argparse
+import collections
+import math
+import pickle
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import v2
+
+# ---------------------------------------------------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True)
+class CifarFacts:
+    """Where a CIFAR's files are and what they hold; mean and std of the training pixels in [0, 1]."""
+
+    folder: str
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    meta_file: str
+    label_key: bytes
+    names_key: bytes
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    download: type[CIFAR10]
+
+
+CIFAR = {
+    "cifar10": CifarFacts(
+        "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",), "batches.meta",
+        b"labels", b"label_names", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), CIFAR10,
+    ),
+    "cifar100": CifarFacts(
+        "cifar-100-python", ("train",), ("test",), "meta",
+        b"fine_labels", b"fine_label_names", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100,
+    ),
+}  # fmt: skip
+DATASETS = (*CIFAR, "shapes")
+SHAPES = ("disc", "ring", "half disc", "crescent", "triangle", "square", "bar", "cross", "star", "corner")
+SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
+
+
+class ImageSet(Dataset):
+    """Images uint8 (N, 3, H, W) and labels int64 (N,) in memory; a list of indices gives a whole batch at once."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """For a DataLoader's collate_fn: __getitems__ already made a batch."""
+        return batch
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset, split; class names in the order of the labels; mean and std of RGB in [0, 1]."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_data(dataset: str, data_dir: str | Path = "data", val_fraction: float = 0.2, seed: int = 0) -> Data:
+    """The dataset by its name, a stratified val_fraction of its training images set apart by the seed.
+
+    ValueError or OSError with one clear line: unknown dataset, fraction outside [0, 1), missing or wrong files.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val-fraction={val_fraction}: expected 0 <= val-fraction < 1")
+    if dataset == "shapes":
+        train, test, classes = draw_shapes(SHAPES_TRAIN, seed=0), draw_shapes(SHAPES_TEST, seed=1), SHAPES
+        mean, std = pixel_mean_std(train.images)
+    elif dataset in CIFAR:
+        train, test, classes = load_cifar(dataset, Path(data_dir))
+        mean, std = CIFAR[dataset].mean, CIFAR[dataset].std
+    else:
+        raise ValueError(f"dataset={dataset!r}: expected one of {', '.join(DATASETS)}")
+    train_index, val_index = stratified_split(train.labels, val_fraction, seed)
+    train, val = (ImageSet(*train.__getitems__(index)) for index in (train_index, val_index))
+    return Data(train, val, test, classes, mean, std)
+
+
+def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (train, val) of labels (N,), in their order, with val_fraction of every class in val."""
+    generator = torch.Generator().manual_seed(seed)
+    in_val = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        in_val[members[: round(val_fraction * len(members))]] = True
+    return (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
+
+
+# ---------------------------------------------------------------------------------------------------------- CIFAR
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Reads what the official batch files hold and nothing else: a pickle can name any function to be called."""
+
+    ALLOWED = {
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("_codecs", "encode"),  # how Python 3 writes bytes in protocol 2
+        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file contains")
+        # numpy renamed numpy.core to numpy._core: look the old name up in the new place.
+        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+
+
+def read_pickle(path: Path) -> dict:
+    """The dict in a batch file, parsed without executing it. ValueError, naming the file: anything else."""
+    with path.open("rb") as file:
+        try:
+            content = _BatchUnpickler(file, encoding="bytes").load()
+        except Exception as error:  # a broken pickle raises anything, from EOFError to IndexError and MemoryError
+            raise ValueError(f"{path}: not a CIFAR file ({error or type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict")
+    return content
+
+
+def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, Tensor]:
+    """One batch file -> images uint8 (N, 3, 32, 32), labels int64 (N,). ValueError, naming the file and the fault."""
+    content = read_pickle(path)
+    for key in (b"data", label_key):
+        if key not in content:
+            raise ValueError(f"{path}: has no {key.decode()!r}, expected 'data' and {label_key.decode()!r}")
+    data, labels = content[b"data"], content[label_key]
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise ValueError(f"{path}: 'data' is {found}, expected uint8 (rows, 3072)")
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise ValueError(f"{path}: {label_key.decode()!r} is not a list of integers")
+    if len(labels) != len(data) or not labels:
+        raise ValueError(f"{path}: {len(data)} rows of data and {len(labels)} labels, expected as many, and not none")
+    if min(labels) < 0 or max(labels) >= num_classes:
+        raise ValueError(f"{path}: labels from {min(labels)} to {max(labels)}, expected 0 to {num_classes - 1}")
+    return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.tensor(labels)
+
+
+def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """(train, test, class names) of CIFAR-10 or -100 in the official python layout, downloaded if it is not there."""
+    facts = CIFAR[name]
+    folder = data_dir / facts.folder
+    if not folder.is_dir():
+        _download(facts, data_dir)
+    for file in (*facts.train_files, *facts.test_files, facts.meta_file):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing: complete the folder, or remove it to download it")
+    sets = []
+    for files in (facts.train_files, facts.test_files):
+        batches = [read_batch(folder / file, facts.label_key, facts.num_classes) for file in files]
+        images, labels = (torch.cat(parts) for parts in zip(*batches))
+        sets.append(ImageSet(images, labels))
+    names = read_pickle(folder / facts.meta_file).get(facts.names_key)
+    if not isinstance(names, list) or len(names) != facts.num_classes or not all(type(n) is bytes for n in names):
+        raise ValueError(f"{folder / facts.meta_file}: {facts.names_key.decode()!r} is not {facts.num_classes} names")
+    return *sets, tuple(n.decode(errors="replace") for n in names)
+
+
+def _download(facts: CifarFacts, data_dir: Path) -> None:
+    """Through torchvision, which checks the archive's MD5."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # a silent server must not hang the run
+    try:
+        facts.download(data_dir, download=True)
+    except Exception as error:  # whatever went wrong, the way out is the same
+        archive = facts.download.url
+        raise FileNotFoundError(
+            f"{data_dir / facts.folder} is not there and its download failed ({error}): unpack {archive} into "
+            f"{data_dir}, or train on --dataset shapes, which needs no files"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+# --------------------------------------------------------------------------------------------------------- shapes
+
+
+def draw_shapes(count: int, seed: int) -> ImageSet:
+    """`count` images uint8 (N, 3, 32, 32) of ten kinds of figures, as many of each, from a seed.
+
+    Each has a rotation, a size, a place, a colour and the background's, all drawn alike for every class, and noise:
+    only the form tells the classes apart.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % len(SHAPES))
+    angle = rng.uniform(0, 2 * np.pi, count)
+    radius = rng.uniform(6, 12, count)
+    centre = rng.uniform(-1, 1, (2, count)) * (15 - radius) + 16
+    background = rng.uniform(0, 1, (count, 3))
+    colour = rng.uniform(0, 1, (count, 3))
+    near = np.abs(colour - background).max(1, keepdims=True) < 0.35  # too near to be seen: take the far side
+    colour = np.where(near, (background + 0.5) % 1, colour)
+
+    images = np.empty((count, 3, 32, 32), np.uint8)
+    grid = (np.arange(64, dtype=np.float32) + 0.5) / 2  # two samples a pixel and axis, for smooth edges
+    for label in range(len(SHAPES)):
+        for index in np.array_split(np.flatnonzero(labels == label), 8):  # in parts: they fit the cache
+            x, y = (grid[None] - c[index, None] for c in centre)
+            cos, sin = (f(angle[index])[:, None, None] / radius[index, None, None] for f in (np.cos, np.sin))
+            x, y = x[:, None, :].astype(np.float32), y[:, :, None].astype(np.float32)
+            cos, sin = cos.astype(np.float32), sin.astype(np.float32)
+            inside = _inside(SHAPES[label], cos * x + sin * y, cos * y - sin * x)  # (n, 64, 64)
+            cover = inside.reshape(-1, 32, 2, 32, 2).mean((2, 4), dtype=np.float32)[:, None]
+            image = background[index, :, None, None] * (1 - cover) + colour[index, :, None, None] * cover
+            noise = rng.standard_normal(image.shape, np.float32) * 0.08
+            images[index] = np.clip((image + noise) * 255, 0, 255).round()
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where points (x, y) lie in the figure, which lies in the unit circle."""
+    ax, ay = np.abs(x), np.abs(y)
+    if shape in ("disc", "ring", "half disc", "crescent"):
+        r2 = x * x + y * y
+        disc = r2 < 0.9
+        return {
+            "disc": disc,
+            "ring": disc & (r2 > 0.3),
+            "half disc": disc & (y > 0),
+            "crescent": disc & ((x - 0.5) ** 2 + y * y > 0.6),
+        }[shape]
+    if shape == "triangle":
+        return (y > -0.5) & (0.866 * ax + 0.5 * y < 0.5)
+    if shape == "square":
+        return np.maximum(ax, ay) < 0.7
+    if shape == "bar":
+        return (ax < 0.95) & (ay < 0.3)
+    if shape == "cross":
+        return (np.maximum(ax, ay) < 0.95) & (np.minimum(ax, ay) < 0.25)
+    if shape == "corner":
+        return (np.maximum(ax, ay) < 0.7) & (np.minimum(x, y) < -0.2)
+    sector = np.pi / 5  # star: the points of a fifth are mirrored into one edge, from tip (1, 0) to notch (0.4, sector)
+    angle = np.abs(np.mod(np.arctan2(y, x), 2 * sector) - sector)
+    u, v = np.hypot(x, y) * np.cos(sector - angle), np.hypot(x, y) * np.sin(sector - angle)
+    notch = 0.4 * np.cos(sector), 0.4 * np.sin(sector)
+    return (u - 1) * notch[1] + v * (1 - notch[0]) < 0
+
+
+# ------------------------------------------------------------------------------------------------- order, randomness
+
+
+class EpochBatches:
+    """One epoch's batches of indices in an order that follows from (seed, epoch) alone; a DataLoader's batch_sampler.
+
+    A global batch is cut into `accum_steps` micro-batches. What does not fill a global batch is left out, anew each
+    epoch. `seek` chooses the epoch and the micro-batch to start at. ValueError: not one global batch in `length`.
+    """
+
+    drop_last = True
+
+    def __init__(self, length: int, batch_size: int, accum_steps: int = 1, seed: int = 0) -> None:
+        if batch_size > length:
+            raise ValueError(f"batch-size={batch_size}: expected at most {length}, the number of training images")
+        self.length = length
+        self.batch_size = batch_size // accum_steps
+        self.batches = length // batch_size * accum_steps
+        self.seed = seed
+        self.seek(0)
+
+    def seek(self, epoch: int, start: int = 0) -> None:
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.length, generator=seeded_generator(self.seed, self.epoch)).tolist()
+        for i in range(self.start, self.batches):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def seeded_generator(*entropy: int) -> torch.Generator:
+    """A CPU generator that depends on all the numbers, e.g. (seed, epoch, step, shard), and on how many they are."""
+    sequence = np.random.SeedSequence((len(entropy), *entropy))  # by itself it takes (1, 2) and (1, 2, 0, 0) as equal
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+
+# ----------------------------------------------------------------------------------------------------- augmentation
+# Each takes float images (N, 3, H, W) in [0, 1] and a CPU generator: the same draws on every device.
+
+Transform = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def crop_and_resize(images: Tensor, top: Tensor, left: Tensor, side: Tensor, size: int) -> Tensor:
+    """A square box of each image, resized bilinearly with antialiasing: (N, C, H, W) -> (N, C, size, size).
+
+    top, left and side (N,) are whole pixels and the boxes lie inside the images. The values are those of torchvision's
+    resized_crop(..., antialias=True) on each image. Bilinear resizing is linear and separable, so an image's crop is
+    rows @ (image @ columns^T) with two small matrices: whole batches are two matrix products.
+    """
+    n, channels, height, width = images.shape
+
+    def weights(start: Tensor, length: int) -> Tensor:  # (N, size, length)
+        scale = (side / size)[:, None]
+        reach = scale.clamp(min=1)  # of a triangle to each side of its centre
+        pixels = torch.arange(length, device=images.device) + 0.5 - start[:, None]  # centres, from the box's edge
+        outside = (pixels < 0) | (pixels > side[:, None])  # only the box counts, as if cut out first
+        pixels = (pixels / reach).masked_fill(outside, torch.inf)
+        centres = (torch.arange(size, device=images.device) + 0.5) * scale / reach
+        triangle = (1 - (pixels[:, None] - centres[:, :, None]).abs_()).clamp_(min=0)
+        return triangle.div_(triangle.sum(-1, keepdim=True))
+
+    top, left, side = (t.to(images.device, images.dtype) for t in (top, left, side))
+    columns = images.reshape(n, channels * height, width) @ weights(left, width).mT  # (N, C * H, size)
+    return weights(top, height)[:, None] @ columns.view(n, channels, height, size)
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random square of `scale` of the image's area, resized to (size, size): torchvision's, with aspect 1."""
+
+    size: int
+    scale: tuple[float, float] = (0.5, 1.0)
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, _, height, width = images.shape
+        area, y, x = torch.rand(3, n, generator=generator)
+        area = height * width * (self.scale[0] + area * (self.scale[1] - self.scale[0]))
+        side = area.sqrt().round().clamp(1, min(height, width))
+        return crop_and_resize(images, (y * (height - side + 1)).floor(), (x * (width - side + 1)).floor(), side,
+                               self.size)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """The image moved by up to `padding` pixels along each axis, black moving in: torchvision's RandomCrop(padding)."""
+
+    padding: int = 4
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, _, height, width = images.shape
+        shift = torch.randint(2 * self.padding + 1, (2, n, 1), generator=generator).to(images.device)
+        padded = torch.nn.functional.pad(images, [self.padding] * 4)
+        rows = shift[0] + torch.arange(height, device=images.device)  # (N, H)
+        columns = shift[1] + torch.arange(width, device=images.device)  # (N, W)
+        sample = torch.arange(n, device=images.device)[:, None, None]
+        return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip:
+    """Each image mirrored left to right with probability p."""
+
+    p: float = 0.5
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        flip = (torch.rand(len(images), generator=generator) < self.p).to(images.device)
+        return torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+
+class FancyPCA:
+    """AlexNet's colour augmentation (Krizhevsky et al. 2012, section 4.1), with probability p an image.
+
+    Adds sum_i p_i * alpha_i * lambda_i to every pixel of an image, alpha_i ~ N(0, std) drawn once an image, lambda_i
+    and p_i the eigenvalues (not their square roots) and eigenvectors of the 3 x 3 covariance of the training set's RGB
+    values in [0, 1]. The sum is not clipped. eigenvalues (3,), eigenvectors (3, 3) with p_i as column i.
+
+    Takes a batch (N, 3, H, W) with one draw an image, or one image (3, H, W).
+    """
+
+    def __init__(self, eigenvalues: Sequence, eigenvectors: Sequence, std: float = 0.1, p: float = 0.5) -> None:
+        self.eigenvalues = torch.as_tensor(eigenvalues, dtype=torch.float32)
+        self.eigenvectors = torch.as_tensor(eigenvectors, dtype=torch.float32)
+        self.std = std
+        self.p = p
+
+    @classmethod
+    def fit(cls, images: Tensor, std: float = 0.1, p: float = 0.5) -> "FancyPCA":
+        """From the pixels of a training set, uint8 (N, 3, H, W); eigenvalues from high to low."""
+        eigenvalues, eigenvectors = torch.linalg.eigh(pixel_moments(images)[1])
+        return cls(eigenvalues.flip(0), eigenvectors.flip(1), std, p)
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        n = len(images) if images.ndim == 4 else 1
+        alpha = torch.randn(n, 3, generator=generator) * self.std
+        apply = torch.rand(n, 1, generator=generator) < self.p
+        shift = (apply * alpha * self.eigenvalues) @ self.eigenvectors.T  # (N, 3)
+        return images + shift.view(*images.shape[:-3], 3, 1, 1).to(images.device, images.dtype)
+
+
+class BatchTransform:
+    """uint8 (N, 3, H, W) -> [0, 1] -> the transforms, in order -> (x - mean) / std, float32 (N, 3, H', W')."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], transforms: Sequence[Transform] = ()) -> None:
+        self.mean = list(mean)
+        self.std = list(std)
+        self.transforms = transforms
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        images = TF.to_dtype(images, torch.float32, scale=True)
+        for transform in self.transforms:
+            images = transform(images, generator)
+        return TF.normalize(images, self.mean, self.std, inplace=True)
+
+
+def train_transforms(augment: str, images: Tensor) -> list[Transform]:
+    """`slides`: random resized crop, flip, Fancy PCA fitted on images. `standard`: padded crop and flip. `none`."""
+    if augment == "slides":
+        return [RandomResizedCrop(images.shape[-1]), RandomHorizontalFlip(), FancyPCA.fit(images)]
+    if augment == "standard":
+        return [RandomCrop(), RandomHorizontalFlip()]
+    if augment == "none":
+        return []
+    raise ValueError(f"augment={augment!r}: expected slides, standard or none")
+
+
+def pixel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (3,) and covariance (3, 3), float64, of the RGB values in [0, 1] of uint8 images (N, 3, H, W)."""
+    count, total, products = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    for chunk in images.split(100):  # in parts: they fit the cache
+        x = chunk.transpose(0, 1).reshape(3, -1).double() / 255
+        count += x.shape[1]
+        total += x.sum(1)
+        products += x @ x.T
+    mean = total / count
+    return mean, products / count - mean[:, None] * mean
+
+
+def pixel_mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of each channel in [0, 1] of uint8 images (N, 3, H, W)."""
+    mean, covariance = pixel_moments(images)
+    return tuple(mean.tolist()), tuple(covariance.diagonal().sqrt().tolist())
+
+
+# ----------------------------------------------------------------------------------------------------- what it shows
+
+
+def image_grid(images: Tensor, columns: int = 8) -> Tensor:
+    """uint8 (N, 3, H, W) -> one uint8 picture (3, rows * H, columns * W), N a multiple of columns."""
+    n, c, h, w = images.shape
+    return images.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, -1, columns * w)
+
+
+def draw_grid(data: Data, transforms: list[Transform], scale: int = 2) -> Image.Image:
+    """The first 64 training images with their class names: raw on the left, augmented on the right."""
+    n = min(64, len(data.train))
+    images, labels = data.train.__getitems__(list(range(n)))
+    augmented = BatchTransform((0, 0, 0), (1, 1, 1), transforms)(images, seeded_generator(0))
+    halves = images, (augmented.clamp(0, 1) * 255).round().byte()
+    side, line = images.shape[-1] * scale, 14
+    width, height = 8 * (side + 8), math.ceil(n / 8) * (side + line + 4)
+    picture = Image.new("RGB", (2 * width + 24, height + 24), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=10)
+    for half, title in enumerate(("as stored", "augmented")):
+        x0 = half * (width + 24) + 4
+        draw.text((x0, 4), title, "black", ImageFont.load_default(size=14))
+        for i, (image, label) in enumerate(zip(halves[half], labels.tolist())):
+            x, y = x0 + i % 8 * (side + 8), 24 + i // 8 * (side + line + 4)
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(tile, (x, y))
+            draw.text((x, y + side), data.classes[label][:12], "black", font)
+    return picture
+
+
+def time_augmentation(data: Data, rounds: int = 30) -> tuple[float, float]:
+    """Images/s on one thread of `slides` on whole batches of 256, and of torchvision v2 image by image without the PCA.
+
+    Medians of the rounds; each round does one batch both ways. The first, which warms up, does not count.
+    """
+    images = data.train.images[:256]
+    batches = BatchTransform(data.mean, data.std, train_transforms("slides", data.train.images))
+    single = v2.Compose([
+        v2.RandomResizedCrop(images.shape[-1], scale=(0.5, 1.0), ratio=(1.0, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(data.mean, data.std),
+    ])  # fmt: skip
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        batches(images)
+        middle = time.perf_counter()
+        torch.stack([single(image) for image in images])
+        seconds.append((middle - start, time.perf_counter() - middle))
+    torch.set_num_threads(threads)
+    return tuple((len(images) / np.median(seconds[1:], axis=0)).tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look at a dataset.")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    parser.add_argument("--data-dir", default="data", help="where the CIFAR folders are (default: %(default)s)")
+    parser.add_argument("--augment", choices=("slides", "standard", "none"), default="slides", help="for --grid")
+    parser.add_argument("--grid", metavar="PNG", help="write the first 64 images, raw and augmented")
+    parser.add_argument("--stats", action="store_true", help="print mean, std and principal components of the pixels")
+    parser.add_argument("--time", action="store_true", help="print images/s of the `slides` augmentation")
+    args = parser.parse_args()
+    if not (args.grid or args.stats or args.time):
+        parser.error("nothing to do: give --grid PNG, --stats or --time")
+    try:
+        data = load_data(args.dataset, args.data_dir, val_fraction=0)
+        if args.grid:
+            draw_grid(data, train_transforms(args.augment, data.train.images)).save(args.grid)
+            print(f"{args.grid}: the first {min(64, len(data.train))} of {len(data.train)} training images")
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+    if args.stats:
+        counts = collections.Counter(data.train.labels.tolist())
+        mean, std = pixel_mean_std(data.train.images)
+        pca = FancyPCA.fit(data.train.images)
+        print(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes")
+        print(f"images a class  {min(counts.values())} to {max(counts.values())}")
+        print("mean            " + "  ".join(f"{v:7.4f}" for v in mean))
+        print("std             " + "  ".join(f"{v:7.4f}" for v in std))
+        for value, vector in zip(pca.eigenvalues.tolist(), pca.eigenvectors.T.tolist()):
+            print(f"eigenvalue {value:.4f}, eigenvector " + "  ".join(f"{v:7.4f}" for v in vector))
+    if args.time:
+        batches, single = time_augmentation(data)
+        print(f"augmentation on one thread, images/s: whole batches {batches:,.0f}, torchvision image by image "
+              f"{single:,.0f}, ratio {batches / single:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Evaluation: loss, top-1 and top-5 error of a checkpoint, every image counted once on any number of processes.
+
+    python evaluate.py runs/NAME/best.pt                     # test set; the dataset is the checkpoint's
+    python evaluate.py runs/NAME/best.pt --split val --json  # one JSON object instead of the table
+
+Model, class names and normalisation come from the checkpoint. Errors are fractions in JSON, per cent in the table.
+"""
+
+import argparse
+import json
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from data import DATASETS, BatchTransform, ImageSet, load_data
+from fishnet import create_model
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_KEYS = {
+    "format": int, "name": str, "config": dict, "model": dict, "classes": list, "mean": list, "std": list,
+    "args": dict, "state": dict,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean cross entropy, errors as fractions, the number of images, and the error and count of each class."""
+
+    loss: float
+    top1_error: float
+    top5_error: float
+    images: int
+    class_errors: tuple[float, ...]
+    class_images: tuple[int, ...]
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    images: ImageSet,
+    transform: BatchTransform,
+    num_classes: int,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Metrics:
+    """Metrics of a model on a set; call it on every process, and every process gets the whole set's metrics.
+
+    Each process takes every n-th image, however unequal the shares, and sums are added up: nothing is padded, so
+    nothing is counted twice. `batch_size` is a process's. With under five classes top-5 means all of them.
+    """
+    # Without DDP, whose forward waits for the other processes' forward: the shares may differ by a batch.
+    model = accelerator.unwrap_model(model)
+    share = range(accelerator.process_index, len(images), accelerator.num_processes)
+    loader = DataLoader(Subset(images, share), batch_size, num_workers=workers, collate_fn=images.collate)
+    loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=accelerator.device)  # images, top-1, top-5 hits
+
+    was_training = model.training
+    model.eval()
+    for batch, labels in loader:
+        batch, labels = transform(batch.to(accelerator.device)), labels.to(accelerator.device)
+        with accelerator.autocast():
+            # .forward goes round a compiled model's graph, which another batch size would compile anew.
+            logits = model.forward(batch.contiguous(memory_format=torch.channels_last)).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        hits = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (N, 5), true at most once a row
+        for row, counted in enumerate((torch.ones_like(labels, dtype=torch.bool), hits[:, 0], hits.any(1))):
+            counts[row] += torch.bincount(labels[counted], minlength=num_classes)
+    model.train(was_training)
+
+    loss, counts = accelerator.reduce(loss, "sum"), accelerator.reduce(counts, "sum")
+    class_images, class_hits, _ = counts.tolist()
+    total, top1, top5 = counts.sum(1).tolist()
+    assert total == len(images), f"{total} images counted of {len(images)}"
+    return Metrics(
+        loss=loss.item() / total,
+        top1_error=(total - top1) / total,
+        top5_error=(total - top5) / total,
+        images=total,
+        class_errors=tuple((n - hits) / n if n else 0.0 for n, hits in zip(class_images, class_hits)),
+        class_images=tuple(class_images),
+    )
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of train.py on the CPU, its checksums verified; it cannot run code (weights_only).
+
+    ValueError or OSError, naming the file: not there, damaged, or not such a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not verify the checksums
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it fails its checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint of train.py")
+    for key, kind in CHECKPOINT_KEYS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f"{path}: {key!r} is not a {kind.__name__}, expected a checkpoint of train.py")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: format {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
+    return checkpoint
+
+
+def load_model(checkpoint: dict) -> nn.Module:
+    """The checkpoint's model with its weights. ValueError: they do not fit, or are not finite."""
+    model = create_model(checkpoint["name"], **checkpoint["config"])
+    expected = model.state_dict()
+    found = checkpoint["model"]
+    odd = expected.keys() ^ found.keys()
+    odd |= {key for key in expected.keys() & found.keys() if not _fits(expected[key], found[key])}
+    if odd:
+        shown = ", ".join(sorted(map(str, odd))[:5])
+        raise ValueError(f"checkpoint: {len(odd)} weights do not fit {checkpoint['name']} or are not finite: {shown}")
+    model.load_state_dict(found)
+    return model
+
+
+def _fits(expected: torch.Tensor, found: object) -> bool:
+    return (
+        isinstance(found, torch.Tensor)
+        and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        and bool(found.isfinite().all())
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Loss and error of a checkpoint.")
+    parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
+    parser.add_argument("--dataset", choices=DATASETS, help="default: the one it was trained on")
+    parser.add_argument("--data-dir", help="default: as in training")
+    parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument("-b", "--batch-size", type=int, default=256, help="of each process (default: %(default)s)")
+    parser.add_argument("-j", "--workers", type=int, default=0, help="data processes (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    accelerator = Accelerator()
+    try:
+        if args.batch_size < 1 or args.workers < 0:
+            raise ValueError(f"batch-size={args.batch_size}, workers={args.workers}: expected at least 1 and 0")
+        checkpoint = load_checkpoint(args.checkpoint)
+        trained = checkpoint["args"]
+        dataset = args.dataset or trained["dataset"]
+        with accelerator.local_main_process_first():
+            data = load_data(dataset, args.data_dir or trained["data_dir"], trained["val_fraction"], trained["seed"])
+        if list(data.classes) != checkpoint["classes"]:
+            raise ValueError(f"dataset={dataset}: its classes are not those of {args.checkpoint}")
+        images = getattr(data, args.split)
+        if not len(images):
+            raise ValueError(f"split={args.split}: empty, since the run had --val-fraction 0")
+        model = load_model(checkpoint).to(accelerator.device, memory_format=torch.channels_last)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+
+    transform = BatchTransform(checkpoint["mean"], checkpoint["std"])
+    m = evaluate(accelerator, model, images, transform, len(data.classes), args.batch_size, args.workers)
+    if not accelerator.is_main_process:
+        return
+    if args.json:
+        result = {"top1_error": m.top1_error, "top5_error": m.top5_error, "loss": m.loss, "images": m.images}
+        print(json.dumps(result | {"class_errors": dict(zip(data.classes, m.class_errors))}))
+        return
+    print(f"{checkpoint['name']} on {m.images} {args.split} images of {dataset}")
+    print(f"loss {m.loss:.4f}   top-1 error {m.top1_error:.2%}   top-5 error {m.top5_error:.2%}")
+    for name, error, count in zip(data.classes, m.class_errors, m.class_images):
+        print(f"  {name:<20.20} {error:7.2%}  of {count}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A CIFAR-10 of 240 images in the official layout, and runs of train.py on it."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+import train
+
+
+@pytest.fixture(scope="session")
+def cifar_dir(tmp_path_factory) -> Path:
+    """Ten classes that differ in brightness and noise: learnable in a few steps, unlike for every seed."""
+    root = tmp_path_factory.mktemp("cifar")
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.RandomState(0)
+    for name, rows in [*((f"data_batch_{i}", 48) for i in range(1, 6)), ("test_batch", 37)]:
+        labels = rng.permutation(np.arange(rows) % 10)
+        pixels = rng.randint(0, 100, (rows, 3072)) + labels[:, None] * 15
+        content = {b"data": pixels.astype(np.uint8), b"labels": labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"class %d" % i for i in range(10)]}))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state in the process; each test starts without."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+SMALL = ["--recipe", "demo", "--dataset", "cifar10", "--batch-size", "32", "--log-every", "2", "--opt", "sgd", "--lr", "0.02"]
+
+
+@pytest.fixture
+def run_train(cifar_dir, monkeypatch, capsys):
+    """run_train(output_dir, *flags): train.py's main on the small CIFAR; returns what it printed."""
+
+    def run(output_dir: Path, *flags: str) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        arguments = ["train.py", *SMALL, "--data-dir", str(cifar_dir), "--output-dir", str(output_dir), *flags]
+        monkeypatch.setattr(sys, "argv", arguments)
+        train.main()
+        return capsys.readouterr().out
+
+    return run

@@ -1,0 +1,163 @@
+"""evaluate.py: every image counted once, against numpy; checkpoints that are not ones; the command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import evaluate as evaluation
+from data import BatchTransform, ImageSet
+from evaluate import evaluate, load_checkpoint, load_model
+from fishnet import create_model
+
+ROOT = Path(__file__).parent.parent
+SIZES, BATCHES = (1, 2, 7, 9, 999), (1, 3, 64)
+
+
+class Linear(nn.Module):
+    """Logits from pixels by one seeded matrix: the same in numpy below."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        weight = np.random.RandomState(1).standard_normal((classes, 3 * 4 * 4)).astype(np.float32)
+        self.weight = nn.Parameter(torch.from_numpy(weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight.T
+
+
+def images(count: int, classes: int) -> ImageSet:
+    rng = np.random.RandomState(0)
+    pixels = rng.randint(0, 256, (count, 3, 4, 4)).astype(np.uint8)
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(rng.randint(0, classes, count)))
+
+
+def counted(accelerator: Accelerator, count: int, batch_size: int, classes: int = 12) -> list:
+    transform = BatchTransform((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    model = Linear(classes).to(accelerator.device)
+    m = evaluate(accelerator, model, images(count, classes), transform, classes, batch_size)
+    hits = [round(error * n) for error, n in zip(m.class_errors, m.class_images)]
+    return [m.images, round(m.top1_error * count), round(m.top5_error * count), list(m.class_images), hits, m.loss]
+
+
+def by_numpy(count: int, classes: int = 12) -> list:
+    data = images(count, classes)
+    x = ((data.images.numpy() / 255 - 0.5) / 0.25).reshape(count, -1)
+    logits = x @ np.random.RandomState(1).standard_normal((classes, 48)).astype(np.float32).T.astype(np.float64)
+    labels = data.labels.numpy()
+    rank = (logits > logits[np.arange(count), labels][:, None]).sum(1)  # how many classes come before the right one
+    per_class = [int((labels == c).sum()) for c in range(classes)]
+    misses = [int((rank[labels == c] > 0).sum()) for c in range(classes)]
+    loss = (np.log(np.exp(logits).sum(1)) - logits[np.arange(count), labels]).mean()
+    return [count, int((rank > 0).sum()), int((rank > 4).sum()), per_class, misses, loss]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_image_is_counted_once(processes, tmp_path):
+    script = f"""
+import sys, json
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_evaluate import *
+accelerator = Accelerator()
+assert accelerator.num_processes == {processes}
+results = [[n, b, counted(accelerator, n, b)] for n in SIZES for b in BATCHES]
+if accelerator.is_main_process:
+    open("results.json", "w").write(json.dumps(results))
+"""
+    (tmp_path / "script.py").write_text(script)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, *launch, "script.py"], cwd=tmp_path, env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    for count, _, result in json.loads((tmp_path / "results.json").read_text()):
+        expected = by_numpy(count)
+        assert result[:5] == expected[:5]
+        assert result[5] == pytest.approx(expected[5], rel=1e-5)
+
+
+def test_top5_with_three_classes_and_mode_is_kept():
+    model = Linear(3).train()
+    m = evaluate(Accelerator(cpu=True), model, images(20, 3), BatchTransform((0, 0, 0), (1, 1, 1)), 3)
+    assert m.top5_error == 0 and model.training
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict:
+    torch.manual_seed(0)
+    model = create_model("fishnet_tiny")
+    return {
+        "format": 1, "name": "fishnet_tiny", "config": vars(model.config), "model": model.state_dict(),
+        "classes": [f"class {i}" for i in range(10)], "mean": [0.5] * 3, "std": [0.25] * 3, "state": {},
+        "args": {"dataset": "cifar10", "data_dir": "data", "val_fraction": 0.2, "seed": 0},
+    }  # fmt: skip
+
+
+def test_command(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
+    torch.save(checkpoint, tmp_path / "a.pt")
+    arguments = ["evaluate.py", str(tmp_path / "a.pt"), "--data-dir", str(cifar_dir)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
+    evaluation.main()
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 37 and set(result) == {"top1_error", "top5_error", "loss", "images", "class_errors"}
+    monkeypatch.setattr(sys, "argv", [*arguments, "--split", "val"])
+    evaluation.main()
+    out = capsys.readouterr().out
+    assert "on 48 val images" in out and "class 9" in out
+
+    checkpoint = checkpoint | {"classes": ["cat"] * 10}
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(SystemExit, match="its classes are not those of"):
+        evaluation.main()
+
+
+def test_damaged_checkpoints_are_refused_by_name(checkpoint, tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save(checkpoint, path)
+    whole = path.read_bytes()
+    load_checkpoint(path)
+    weights = whole.find(checkpoint["model"]["fc.weight"].numpy().tobytes()[:64])
+    assert weights > 0
+    flipped = bytearray(whole)
+    flipped[weights] ^= 1  # torch.load alone reads this as another weight
+    for content in (bytes(flipped), whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.pt: damaged, or not a checkpoint"):
+            load_checkpoint(path)
+    with pytest.raises(OSError, match=r"b\.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_checkpoints_run_no_code_and_must_have_their_keys(checkpoint, tmp_path):
+    path, canary = tmp_path / "a.pt", tmp_path / "canary"
+    torch.save(checkpoint | {"state": Canary(canary)}, path)
+    with pytest.raises(ValueError, match=r"a\.pt"):
+        load_checkpoint(path)
+    assert not canary.exists()
+    for wrong in (checkpoint | {"classes": "cat"}, {k: v for k, v in checkpoint.items() if k != "model"}, [1], {"a": 1}):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match=r"a\.pt: .* expected a checkpoint of train\.py"):
+            load_checkpoint(path)
+
+
+def test_weights_that_do_not_fit_are_named(checkpoint):
+    weights = checkpoint["model"]
+    nan = weights["fc.weight"].clone()
+    nan[0, 0] = torch.nan
+    for name, value in (("fc.weight", nan), ("fc.weight", weights["fc.weight"][:5]), ("fc.weight", 3), ("odd", nan)):
+        with pytest.raises(ValueError, match=rf"1 weights do not fit fishnet_tiny or are not finite: {name}"):
+            load_model(checkpoint | {"model": weights | {name: value}})

@@ -1,0 +1,362 @@
+"""The networks against published counts, another implementation's logits, and a second implementation in this file."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fishnet import FishNetConfig, channel_plan, channel_sum, create_model, model_names
+
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
+NARROW = {"channels": (16, 32, 64, 128)}
+
+# ------------------------------------------------------------------------------------------- weights from shapes alone
+
+
+def normal(*shape):
+    """Numbers that depend on the shape alone: any implementation of a network gets the same weights, in any order."""
+    return np.random.RandomState(math.prod(shape)).standard_normal(shape)
+
+
+def weight(*shape):
+    """A weight (out, in, ...), rounded to float32 and given as float64."""
+    return torch.from_numpy(normal(*shape) * math.sqrt(2 * shape[0] / math.prod(shape))).float().double()
+
+
+def fill(model):
+    """The model with such weights, 0.01 of the same as biases, float64."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.weight.data = weight(*module.weight.shape)
+            if module.bias is not None:
+                module.bias.data = torch.from_numpy(normal(len(module.bias)) * 0.01).float().double()
+    return model.double()
+
+
+# ---------------------------------------------------------------------------------------------- a second implementation
+
+
+def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, num_classes=10):
+    """Train-mode logits of the slides' networks, written straight down; it makes its weights when it meets a shape."""
+    c1, c2, c3, c4 = channels
+    activate_sum = (lambda x: x) if preact else torch.relu
+
+    def norm(x):
+        x = x - x.mean((0, 2, 3), keepdim=True)
+        return x / torch.sqrt((x * x).mean((0, 2, 3), keepdim=True) + 1e-5)
+
+    def conv(x, out, kernel=1, dilation=1, stride=1):
+        padding = (kernel - 1) // 2 * dilation
+        return F.conv2d(x, weight(out, x.shape[1], kernel, kernel), None, stride, padding, dilation)
+
+    def m(x, out, dilation=1, stride=1):
+        if preact:
+            x = conv(norm(x).relu(), out // 4)
+            x = conv(norm(x).relu(), out // 4, 3, dilation)
+            return conv(norm(x).relu(), out)
+        x = norm(conv(x, out // 4, stride=stride)).relu()
+        x = norm(conv(x, out // 4, 3, dilation)).relu()
+        return norm(conv(x, out))
+
+    def units(x, out, depth, dilation=1):
+        for i in range(depth):
+            shortcut = x if x.shape[1] == out else conv(x, out)
+            x = activate_sum(shortcut + m(x, out, dilation if i == 0 else 1))
+        return x
+
+    def cat(trunk, skip, depth, dilation=1):
+        return torch.cat([units(trunk, trunk.shape[1], depth, dilation), m(skip, skip.shape[1])], 1)
+
+    def up(x):
+        x = m(x, x.shape[1] // k) + sum(x[:, j::k] for j in range(k))
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def pool(x):
+        return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+
+    def down(x):
+        return pool(m(x, x.shape[1]) + x)
+
+    x1 = m(m(conv(x, c1, 3, stride=stem_stride), c1), c1) if preact else m(m(x, c1, stride=stem_stride), c1)
+    x2 = pool(units(x1, c2, tail[0]))
+    x3 = pool(units(x2, c3, tail[1]))
+    x4 = pool(units(x3, c4, tail[2]))
+    x = units(x4, c4, tail[3])
+    if not head:
+        bias = torch.from_numpy(normal(num_classes) * 0.01).float().double()
+        return x.mean((2, 3)) @ weight(num_classes, c4).T + bias
+    y = m(x, c4)
+    squeezed = conv(y.mean((2, 3), keepdim=True), c4 // 16).relu()
+    bridge = activate_sum(x + y * conv(squeezed, c4).sigmoid())
+    b4 = cat(bridge, x4, body[0])
+    b3 = cat(up(b4), x3, body[1], dilation=2)
+    b2 = cat(up(b3), x2, body[2], dilation=4)
+    h1 = cat(up(b2), x1, head[0])
+    h2 = cat(down(h1), b2, head[1])
+    h3 = cat(down(h2), b3, head[2])
+    h4 = cat(down(h3), x4, head[3])
+    x = (m(h4, h4.shape[1]) + h4).mean((2, 3))
+    return x @ weight(num_classes, x.shape[1]).T
+
+
+DEPTHS = {"tail": (1, 2, 1, 1), "body": (1, 1, 1), "head": (1, 1, 1, 1)}
+CASES = {
+    "k=1": {"k": 1},
+    "k=2": {"k": 2},
+    "k=4": {"k": 4},
+    "k=3": {"k": 3, "channels": (8, 16, 20, 33)},
+    "deep": {"tail": (2, 1, 3, 2), "body": (2, 3, 2), "head": (2, 1, 3, 2)},
+    "no regular units": {"tail": (1, 1, 1, 0), "body": (0, 2, 0), "head": (1, 0, 2, 0)},
+    "post-activation": {"preact": False},
+    "post-activation, k=4": {"preact": False, "k": 4, "tail": (2, 1, 2, 2), "body": (2, 2, 2), "head": (0, 2, 1, 2)},
+    "stem 2, 7 classes": {"stem_stride": 2, "num_classes": 7},
+    "stem 4, post-activation": {"stem_stride": 4, "preact": False},
+    "grey": {"in_channels": 1},
+    "resnet": {"tail": (2, 1, 2, 3), "body": (), "head": ()},
+    "resnet, post-activation": {"tail": (1, 1, 1, 0), "body": (), "head": (), "preact": False, "num_classes": 12},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_configuration_is_the_reference(case):
+    config = {"channels": (8, 18, 24, 32), **DEPTHS, **CASES[case]}
+    overrides = {f"{name}_depths" if name in DEPTHS else name: value for name, value in config.items()}
+    images = torch.from_numpy(normal(3, config.pop("in_channels", 3), *[16 * config.get("stem_stride", 1)] * 2))
+    expected = reference(images, **config)
+    logits = fill(create_model("fishnet99", **overrides)).train()(images)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_fishnet_tiny_is_the_reference():
+    images = torch.from_numpy(normal(2, 3, 32, 48))  # not square
+    expected = reference(images, (16, 32, 64, 128), (2, 2, 2, 1), (1, 1, 1), (1, 1, 1, 1), stem_stride=2)
+    torch.testing.assert_close(fill(create_model("fishnet_tiny")).train()(images), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_of_the_original_implementation(name):
+    images = torch.from_numpy(normal(4, 3, 32, 32))
+    with torch.no_grad():
+        logits = fill(create_model(name)).train()(images)
+    for image, expected in (0, GOLDEN[name]["first"]), (-1, GOLDEN[name]["last"]):
+        np.testing.assert_allclose(logits[image], expected, rtol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------------ counts, widths
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("fishnet99", {}, 17_918_784),
+        ("fishnet150", {}, 28_806_464),
+        ("fishnet73", {}, 15_991_616),
+        ("resnet50", {}, 2_999_626),
+        ("fishnet99", NARROW, 1_135_344),
+        ("fishnet99", {"preact": False}, 17_914_672),
+    ],
+)
+def test_number_of_parameters(name, overrides, expected):
+    with torch.device("meta"):
+        model = create_model(name, **overrides)
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_fishnet_tiny_has_about_a_million_parameters():
+    assert 0.8e6 < sum(p.numel() for p in create_model("fishnet_tiny").parameters()) < 1.2e6
+
+
+def test_channel_plan_of_fishnet99():
+    trunk, skip = channel_plan((64, 128, 256, 512), k=2)
+    assert trunk == (512, 512, 384, 256, 320, 832, 1600)
+    assert skip == (512, 256, 128, 64, 512, 768, 512)
+    assert create_model("fishnet99").fc.in_features == 2112
+
+
+@pytest.mark.parametrize(
+    ("channels", "k", "fragments"),
+    [
+        ((64, 128, 256, 512), 3, ("k=3", "B4", "1024")),
+        ((64, 128, 256, 512), 5, ("k=5", "B4", "1024")),
+        ((64, 128, 255, 512), 2, ("k=2", "B3", "767")),
+        ((64, 127, 256, 512), 2, ("k=2", "B2", "511")),
+        ((4, 31, 31, 16), 32, ("k=32", "B4", "at least 4")),
+    ],
+)
+def test_k_must_divide_the_widths_of_the_body(channels, k, fragments):
+    for refused in (lambda: channel_plan(channels, k), lambda: FishNetConfig(channels=channels, k=k)):
+        with pytest.raises(ValueError) as error:
+            refused()
+        assert all(fragment in str(error.value) for fragment in fragments), error.value
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_channel_sum_is_equation_8(k, memory_format):
+    x = torch.from_numpy(normal(2, 12, 3, 5))
+    expected = np.zeros((2, 12 // k, 3, 5))
+    for n in range(12 // k):
+        for j in range(k):
+            expected[:, n] += x.numpy()[:, k * n + j]
+    np.testing.assert_allclose(channel_sum(x.to(memory_format=memory_format), k), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("k", [0, -2, 5, 24])
+def test_channel_sum_refuses_k(k):
+    with pytest.raises(ValueError, match=f"k={k}: .*12"):
+        channel_sum(torch.zeros(1, 12, 2, 2), k)
+
+
+def test_dilation_is_in_the_first_regular_unit_of_b3_and_b2():
+    convs = [m for m in create_model("fishnet150").modules() if isinstance(m, nn.Conv2d)]
+    dilated = [(m.dilation, m.padding, m.in_channels) for m in convs if m.dilation != (1, 1)]
+    assert dilated == [((2, 2), (2, 2), 512 // 4), ((4, 4), (4, 4), 384 // 4)]
+
+
+def test_weights_at_the_start():
+    model = create_model("fishnet99")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / module.weight[0].numel()), rel=0.05)
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    bound = math.sqrt(6 / 2112)
+    assert 0.99 * bound < model.fc.weight.abs().max() <= bound
+    assert model.fc.bias is None and create_model("resnet50").fc.bias is not None
+
+
+# -------------------------------------------------------------------------------------------------- errors of the user
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("channels", (64, 128, 256), "4 integers"),
+        ("channels", (64, 128, 256, 512.0), "4 integers"),
+        ("channels", (3, 128, 256, 512), "at least 4"),
+        ("channels", (4, 4, 4, 8), "at least 16"),
+        ("channels", 64, "a list of integers"),
+        ("tail_depths", (1, 1, 1), "4 integers"),
+        ("tail_depths", (1, 1, 1, -1), "at least 0"),
+        ("tail_depths", (1, 0, 1, 1), "at least 1"),
+        ("body_depths", (1, 1), "3 integers"),
+        ("body_depths", (), "3 integers"),
+        ("body_depths", (1, -1, 1), "at least 0"),
+        ("body_depths", "111", "a list of integers"),
+        ("head_depths", (1, 1, 1), "4 integers"),
+        ("head_depths", (1, 1, 1, True), "4 integers"),
+        ("head_depths", None, "a list of integers"),
+        ("k", 0, "at least 1"),
+        ("k", 2.0, "an integer"),
+        ("k", True, "an integer"),
+        ("preact", 1, "True or False"),
+        ("preact", "no", "True or False"),
+        ("stem_stride", 3, "1, 2 or 4"),
+        ("stem_stride", True, "1, 2 or 4"),
+        ("in_channels", 0, "at least 1"),
+        ("num_classes", -1, "at least 1"),
+        ("num_classes", "10", "an integer"),
+    ],
+)
+def test_a_wrong_field_is_named(field, value, expected):
+    with pytest.raises(ValueError) as error:
+        create_model("fishnet99", **{field: value})
+    message = str(error.value)
+    assert message.startswith(f"{field}={value!r}: expected ") and expected in message and "\n" not in message
+
+
+def test_unknown_names():
+    assert set(model_names()) == {"fishnet99", "fishnet150", "fishnet73", "resnet50", "fishnet_tiny"}
+    with pytest.raises(ValueError, match=r"model='fishnet42'.*fishnet99.*resnet50"):
+        create_model("fishnet42")
+    with pytest.raises(ValueError, match=r"depth: .*tail_depths"):
+        create_model("fishnet99", depth=3)
+
+
+def test_a_configuration_stays_as_it_was_made():
+    config = FishNetConfig(channels=[16, 32, 64, 128])
+    assert config.channels == (16, 32, 64, 128)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.k = 4
+
+
+@pytest.mark.parametrize("name", ["fishnet_tiny", "resnet50"])
+@pytest.mark.parametrize(
+    ("shape", "fragments"),
+    [
+        ((1, 3, 32, 36), ("image side", "32 x 36", "multiples of")),
+        ((1, 3, 40, 32), ("image side", "40 x 32", "multiples of 16")),
+        ((1, 1, 32, 32), ("(1, 1, 32, 32)", "(N, 3, H, W)")),
+        ((3, 32, 32), ("(3, 32, 32)", "(N, 3, H, W)")),
+    ],
+)
+def test_images_that_do_not_fit(name, shape, fragments):
+    model = create_model(name, stem_stride=2, **NARROW)
+    with pytest.raises(ValueError) as error:
+        model(torch.zeros(shape))
+    assert all(fragment in str(error.value) for fragment in fragments), error.value
+
+
+# ------------------------------------------------------------------------------------------------------------ behaviour
+
+
+@pytest.mark.parametrize("preact", [True, False])
+def test_body_and_head_have_no_convolution_in_the_way(preact):
+    """With every M of body and head silent, what the tail found still arrives: summed, copied, pooled, concatenated."""
+    model = create_model("fishnet_tiny", preact=preact)
+    for module in (*model.body.modules(), *model.head.modules()):
+        if hasattr(module, "conv3"):
+            nn.init.zeros_(module.conv3.weight)
+    bridges = []
+    model.tail[3].register_forward_hook(lambda module, inputs, output: bridges.append(output))
+    logits = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+
+    arrives = bridges[0].mean((2, 3)).detach().numpy()  # an upsampled pixel's maximum is the pixel
+    for skip in (128, 64, 32):  # c4, c3, c2: nothing comes from the skips, and r_2 sums pairs
+        arrives = np.pad(arrives, ((0, 0), (0, skip))).reshape(2, -1, 2).sum(2)
+    weights = model.fc.weight.detach().numpy()[:, : arrives.shape[1]]
+    assert np.abs(arrives).max() > 0.1
+    np.testing.assert_allclose(logits.detach(), arrives @ weights.T, rtol=1e-4, atol=1e-5)
+
+
+def test_one_image_trains():
+    model = create_model("fishnet_tiny").train()
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first, second = model(image), model(image)
+    assert first.shape == (1, 10) and torch.equal(first, second)
+    first.logsumexp(1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "conv" in name)
+
+
+def test_in_evaluation_an_image_is_judged_by_itself():
+    model = create_model("fishnet_tiny")
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(images)  # gives the running statistics other values than those of the start
+        model.eval()
+        together, single = model(images), torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fishnet_tiny", "resnet50"])
+@pytest.mark.parametrize("way", ["fx", "export", "compile"])
+def test_can_be_traced(name, way):
+    model = create_model(name, **NARROW).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    if way == "fx":
+        traced = torch.fx.symbolic_trace(model)
+    elif way == "export":
+        traced = torch.export.export(model, (images,)).module()
+    else:
+        torch.compiler.reset()
+        traced = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(images), model(images), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,218 @@
+"""The costs against published figures, PyTorch's own counter, arithmetic by hand and a training step on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import flops
+from fishnet import create_model, model_names
+
+
+def meta_model(name, **overrides):
+    with torch.device("meta"):
+        return create_model(name, **overrides)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments): what the command prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flops.py", *arguments])
+        flops.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------------- costs
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "macs"),
+    [
+        ("fishnet99", 17_918_784, "1.25006"),
+        ("fishnet150", 28_806_464, "1.88330"),
+        ("fishnet73", 15_991_616, "1.06735"),
+        ("resnet50", 2_999_626, "0.27467"),
+    ],
+)
+def test_parameters_and_macs(name, params, macs):
+    counts = flops.count(meta_model(name))
+    assert counts.params == params
+    assert f"{counts.macs / 1e9:.5f}" == macs
+
+
+def test_cost_table_of_the_slides():
+    fishnet, resnet = flops.count(meta_model("fishnet99")), flops.count(meta_model("resnet50"))
+    assert (f"{fishnet.flops / 1e9:.2f}", f"{fishnet.params / 1e6:.2f}") == ("2.53", "17.92")
+    assert (f"{resnet.flops / 1e9:.2f}", f"{resnet.params / 1e6:.2f}") == ("0.56", "3.00")
+    # To the last operation, from hooks on the modules of the slides' networks; they also count ResNet50's 10 biases.
+    assert fishnet.flops == 2_526_549_312
+    assert resnet.flops + 2 * 10 == 558_188_564
+
+
+@pytest.mark.parametrize("image_size", [32, 80])
+@pytest.mark.parametrize("name", model_names())
+def test_macs_are_those_of_pytorchs_counter(name, image_size):
+    model = meta_model(name).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    assert 2 * flops.count(model, image_size).macs == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_small_net_by_hand(inplace):
+    net = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2),  # 8 x 4 x 4 outputs of 2 * 3 * 3 multiply-adds
+        nn.BatchNorm2d(8),  # 128 elements
+        nn.ReLU(inplace),  # 128
+        nn.MaxPool2d(2),  # 128 in, 32 out
+        nn.Upsample(scale_factor=2),  # 128 out
+        nn.AdaptiveAvgPool2d(1),  # 128 in
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+    counts = flops.measure(net, torch.zeros(1, 4, 4, 4))
+    assert counts.params == (8 * 18 + 8) + 16 + (40 + 5)
+    assert counts.macs == 128 * 18 + 40
+    assert counts.flops == 2 * (counts.macs + 2 * 128 + 128 + 128 + 128 + 128)
+    # Image, batch norm's input, ReLU's output, linear's input; the max-pool keeps 32 int64 indices.
+    assert counts.activation_bytes == 4 * (64 + 128 + 128 + 8) + 8 * 32
+
+
+def saved_bytes(model, batch_size):
+    """What autograd keeps of a training step on the CPU, by address."""
+    saved = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        model.train()(torch.rand(batch_size, 3, 32, 32))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}.values())
+
+
+@pytest.mark.parametrize("preact", [True, False])
+def test_activations_of_a_training_step(preact):
+    model = create_model("fishnet_tiny", preact=preact)
+    two_images = saved_bytes(model, 4) - saved_bytes(model, 2)
+    assert flops.count(model).activation_bytes == two_images / 2
+
+
+def test_counting_leaves_the_model_alone():
+    model = create_model("fishnet_tiny").double()
+    model.stem.eval()
+    model.fc.requires_grad_(False)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    with torch.no_grad():
+        assert flops.count(model) == flops.count(meta_model("fishnet_tiny"))
+        assert flops.count_stages(model) == flops.count_stages(meta_model("fishnet_tiny"))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["fc.weight"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_layer_table_of_the_slides():
+    rows = flops.count_stages(meta_model("fishnet99"))
+    assert [(row.stage, row.size, row.blocks, row.layers) for row in rows] == [
+        ("stem", 32, 2, 7),
+        ("T1", 32, 3, 9),
+        ("T2", 16, 4, 12),
+        ("T3", 8, 6, 18),
+        ("T4", 4, 3, 11),
+        ("B4", 8, 1, 6),
+        ("B3", 16, 1, 6),
+        ("B2", 32, 1, 6),
+        ("H1", 16, 1, 6),
+        ("H2", 8, 1, 6),
+        ("H3", 4, 1, 6),
+        ("H4", 1, 1, 6),
+        ("fc", 1, 0, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "layers"),
+    [
+        ("fishnet99", {}, 99),
+        ("fishnet99", {"preact": False}, 98),  # no convolution before the stem's two bottlenecks
+        ("fishnet150", {}, 150),
+        ("fishnet73", {}, 66),
+        ("resnet50", {}, 7 + 3 * (3 + 4 + 6 + 3)),
+        ("fishnet_tiny", {}, 7 + 3 * (2 + 2 + 2 + 1 + 1) + 2 + 7 * 6),
+    ],
+)
+def test_stages_add_up(name, overrides, layers):
+    model = meta_model(name, **overrides)
+    rows, counts = flops.count_stages(model, 48), flops.count(model, 48)
+    assert sum(row.layers for row in rows) == layers
+    assert sum(row.params for row in rows) == counts.params
+    assert sum(row.macs for row in rows) == counts.macs
+
+
+def test_stage_sizes_follow_image_and_stem():
+    sizes = {row.stage: row.size for row in flops.count_stages(meta_model("fishnet_tiny"), 64)}
+    assert [sizes[stage] for stage in ("stem", "T1", "T4", "B2", "H1", "H4")] == [32, 32, 4, 32, 16, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def test_table(run):
+    out = run()
+    assert [line.split()[0] for line in out.splitlines()] == ["network", *model_names()]
+    assert "fishnet99       17,918,784        1,250.06        2,526.55 " in out
+    assert max(map(len, out.splitlines())) < 80
+    assert max(map(len, run("--image-size", "16384").splitlines())) < 80
+
+
+def test_stage_table(run):
+    lines = run("--stages", "fishnet99").splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["stage", *flops.STAGES, "fc", "sum"]
+    assert lines[-2].split() == ["sum", "99", "17,918,784", "1,250.06"]
+    assert max(map(len, lines)) < 80
+
+
+def test_json(run):
+    networks = json.loads(run("--json", "--image-size", "64", "resnet50", "fishnet_tiny"))
+    assert [network.pop("name") for network in networks] == ["resnet50", "fishnet_tiny"]
+    assert flops.Counts(**networks[0]) == flops.count(meta_model("resnet50"), 64)
+    stages = json.loads(run("--json", "--stages", "fishnet_tiny"))
+    assert [flops.StageCounts(**stage) for stage in stages] == flops.count_stages(meta_model("fishnet_tiny"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "model='nonsense'"),
+        (["--stages", "nonsense"], "model='nonsense'"),
+        (["--stages", ""], "model=''"),
+        (["fishnet99", "--stages", "fishnet73"], "--stages fishnet73"),
+        (["--image-size", "30"], "30 x 30, expected multiples of 8"),
+        (["--image-size", "0"], "image-size=0"),
+        (["--image-size", "-32"], "image-size=-32"),
+        (["--image-size", "1000000000"], "image-size=1000000000"),
+    ],
+)
+def test_wrong_arguments(run, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert error.value.code.startswith("flops.py: ")
+    assert message in error.value.code
+    assert "\n" not in error.value.code
+
+
+def test_as_a_program():
+    script = Path(flops.__file__)
+    done = subprocess.run([sys.executable, script, "resnet50", "--image-size", "4"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "flops.py: image side: got 4 x 4, expected multiples of 8\n"

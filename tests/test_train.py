@@ -1,0 +1,234 @@
+"""train.py: what a run writes, that it continues exactly, that processes do not change it, that errors are one line."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from evaluate import Metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    """Bit for bit, through dicts and lists; times and what follows from them aside."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"seconds", "images_per_second", "args"}:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_flags_are_these():
+    """A flag is a promise: adding or dropping one is a decision."""
+    flags = set(vars(train.parse_args([])))
+    assert flags == {
+        "recipe", "dataset", "data_dir", "val_fraction", "augment", "workers", "model", "zero_init_last", "epochs",
+        "max_steps", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs",
+        "warmup_epochs", "smoothing", "clip_grad", "patience", "seed", "mixed_precision", "compile", "output_dir",
+        "checkpoint_every", "resume", "override", "log_every",
+    }  # fmt: skip
+    source = (ROOT / "train.py").read_text()
+    for flag in flags - {"recipe"}:
+        assert re.search(rf"args\.{flag}\b", source), f"--{flag} is read nowhere"
+
+
+def test_baseline_is_the_slides_experiment():
+    args = train.parse_args([])
+    assert (args.model, args.dataset, args.epochs, args.batch_size, args.patience) == (
+        "fishnet99", "cifar10", 100, 256, 20,
+    )  # fmt: skip
+    assert (args.opt, args.lr, args.weight_decay, args.val_fraction, args.augment) == ("adam", 1e-2, 1e-4, 0.2, "slides")
+    assert train.parse_args(["--recipe", "demo", "--lr", "3"]).lr == 3
+    # a tenth every 30 epochs
+    rates = [train.learning_rate(args, epoch * 156, 156) for epoch in (0, 29, 30, 59, 60, 99)]
+    np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-5])
+
+
+def test_cosine_with_warmup():
+    args = train.parse_args("--sched cosine --epochs 10 --warmup-epochs 2 --lr 0.4".split())
+    rates = [train.learning_rate(args, step, 5) for step in range(50)]
+    np.testing.assert_allclose(rates[:10], 0.4 * np.arange(1, 11) / 11)
+    np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.pi * np.arange(40) / 40)))
+    assert max(rates) == rates[10] == 0.4
+
+
+def test_a_run_and_its_files(run_train, tmp_path):
+    out = run_train(tmp_path / "run", "--epochs", "2")
+    assert re.search(r"^epoch   1/2  train \d+\.\d{3} +\d+\.\d\d%  val \d+\.\d{3} +\d+\.\d\d% \(\d+\.\d\d%\)", out, re.M)
+    assert f"python evaluate.py {tmp_path}/run/best.pt" in out
+    assert max(map(len, re.findall("^epoch.*", out, re.M))) < 80
+
+    last = load(tmp_path / "run" / "last.pt")
+    assert last["name"] == "fishnet_tiny" and last["classes"][3] == "class 3" and last["mean"][0] == 0.4914
+    assert last["state"]["step"] == 2 * 6 and last["state"]["epoch"] == 2  # 192 images: 6 batches of 32
+    best = load(tmp_path / "run" / "best.pt")
+    assert best["state"]["epoch"] == best["state"]["best_epoch"]
+
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert last["state"]["best_loss"] == min(float(row["val_loss"]) for row in rows)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["batch_size"] == 32
+
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss", "train/top1_error", "lr", "images_per_second", "gradient_norm/tail", "gradient_norm/body",
+        "gradient_norm/head", "val/loss", "val/top1_error", "val/top5_error",
+    }  # fmt: skip
+    assert events.Tags()["images"] == ["augmented"]
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert [event.value for event in events.Scalars("val/loss")] == pytest.approx([float(r["val_loss"]) for r in rows])
+
+
+@pytest.mark.parametrize("steps", [6, 9])  # the end of an epoch, the middle of one
+def test_resume_is_exact(run_train, tmp_path, steps):
+    run_train(tmp_path / "whole", "--epochs", "3")
+    run_train(tmp_path / "parts", "--epochs", "3", "--max-steps", str(steps))
+    out = run_train(tmp_path / "parts", "--epochs", "3", "--resume", "auto")
+    assert f"at step {steps}, epoch {steps // 6 + 1}" in out
+    for name in ("last.pt", "best.pt"):
+        assert_same(load(tmp_path / "whole" / name), load(tmp_path / "parts" / name))
+
+
+def test_resume_of_another_run_is_refused(run_train, tmp_path):
+    run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "2")
+    flags = ("--epochs", "3", "--resume", "auto", "--max-steps", "3")
+    with pytest.raises(SystemExit, match=r"last.pt is of another run \(epochs 2 -> 3\)"):
+        run_train(tmp_path / "run", *flags)
+    run_train(tmp_path / "run", *flags, "--override")
+    assert load(tmp_path / "run" / "last.pt")["state"]["step"] == 3
+
+
+def test_checkpoint_inside_an_epoch(run_train, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save", lambda run, name, save=train.save: (saved.append((name, run.state.step)), save(run, name)))
+    run_train(tmp_path / "run", "--epochs", "1", "--checkpoint-every", "2")
+    assert saved == [("last.pt", 2), ("last.pt", 4), ("best.pt", 6), ("last.pt", 6)]
+
+
+def test_early_stopping_and_best_by_validation_loss(run_train, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.1, 9.9])
+    fake = lambda *args, **kwargs: Metrics(next(losses), 0.5, 0.1, 48, (), ())  # noqa: E731
+    monkeypatch.setattr(train, "evaluate", fake)
+    out = run_train(tmp_path / "run", "--epochs", "9", "--patience", "2")
+    assert "best epoch 2, validation loss 2.0000" in out
+    assert load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 4
+    assert load(tmp_path / "run" / "best.pt")["state"]["epoch"] == 2
+
+
+def test_without_validation_best_is_last(run_train, tmp_path):
+    run_train(tmp_path / "run", "--epochs", "1", "--val-fraction", "0")
+    assert_same(load(tmp_path / "run" / "best.pt")["model"], load(tmp_path / "run" / "last.pt")["model"])
+    assert "val_loss" not in (tmp_path / "run" / "metrics.csv").read_text()
+
+
+def test_loss_that_is_not_finite_stops_before_saving(run_train, tmp_path):
+    run_train(tmp_path / "run", "--epochs", "3", "--max-steps", "6")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match=r"not finite at step \d+, learning rate 1e\+30"):
+        run_train(tmp_path / "run", "--epochs", "3", "--resume", "auto", "--override", "--lr", "1e30")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--batch-size", "30", "--grad-accum-steps", "4"], "batch-size=30: expected a multiple of 4"),
+        (["--batch-size", "5000"], "batch-size=5000: expected at most 192"),
+        (["--lr", "-1"], "lr=-1.0: expected at least 0"),
+        (["--lr", "nan"], "lr=nan"),
+        (["--smoothing", "1"], "smoothing=1.0"),
+        (["--val-fraction", "1"], "val-fraction=1.0"),
+        (["--mixed-precision", "fp16"], "mixed-precision=fp16: a CPU has none"),
+        (["--resume", "nothing.pt"], "nothing.pt: no such checkpoint"),
+        (["--data-dir", "/dev/null"], "/dev/null"),
+    ],
+)
+def test_bad_arguments_are_one_line(run_train, tmp_path, flags, message, monkeypatch):
+    monkeypatch.setattr(train.datasets.CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(SystemExit) as error:
+        run_train(tmp_path / "run", *flags)
+    assert str(error.value).startswith("train.py: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_output_dir_with_a_run_is_not_overwritten(run_train, tmp_path):
+    run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2")
+    with pytest.raises(SystemExit, match="holds a run; go on with --resume auto"):
+        run_train(tmp_path / "run", "--epochs", "1")
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def disk_full(file):
+        file.write(b"ne")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError):
+        train.write_atomic(path, disk_full)
+    assert path.read_bytes() == b"old"
+    train.write_atomic(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+
+
+def command(cifar_dir: Path, output_dir: Path, processes: int, *flags: str) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    arguments = [*launch, "train.py", *SMALL, "--data-dir", cifar_dir, "--output-dir", output_dir, *flags]
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_two_processes_train_like_one(cifar_dir, tmp_path, workers):
+    """Batch norm is taken into account by accumulation: one process that cuts each batch in two parts normalises the
+    same 16 images together as each of two processes does, and sees the same pixels. Running statistics are left out:
+    they are the first process's, while one process updates them twice a step."""
+    flags = ("--epochs", "4", "--max-steps", "20", "--workers", workers)
+    one = command(cifar_dir, tmp_path / "one", 1, *flags, "--grad-accum-steps", "2")
+    two = command(cifar_dir, tmp_path / "two", 2, *flags)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    assert a["state"]["step"] == b["state"]["step"] == 20
+    moved = 0.0
+    start = train.create_model("fishnet_tiny").state_dict()
+    for name, value in a["model"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(value, b["model"][name], atol=1e-5, rtol=1e-5, msg=name)
+            moved = max(moved, (value - start[name]).abs().max().item())
+    assert moved > 0.01  # they trained
+    for x, y in zip(a["state"]["history"], b["state"]["history"]):
+        assert x["lr"] == y["lr"]  # a scheduler that each process steps would run twice as fast
+        assert math.isclose(x["train_loss"], y["train_loss"], rel_tol=1e-4)
+
+
+def test_all_cores_work_in_spite_of_omp_num_threads(cifar_dir, tmp_path):
+    """accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU."""
+    code = "import train, torch; train.make_accelerator(train.parse_args([])); print(torch.get_num_threads())"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert int(out.stdout) == len(os.sched_getaffinity(0)), out.stderr

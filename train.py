@@ -1,0 +1,517 @@
+"""Training: one loop of our own inside Hugging Face Accelerate.
+
+    accelerate launch train.py                                   # the slides' experiment: FishNet-99 on CIFAR-10
+    accelerate launch train.py --recipe demo                     # drawn shapes, no download, 3 minutes on two cores
+    accelerate launch train.py --output-dir runs/a --resume auto # begin, or go on where runs/a stopped
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py # two processes on the CPU
+
+Prints a progress bar (on a terminal) and a line an epoch. Writes to --output-dir: last.pt, best.pt (by validation
+loss), metrics.csv, args.json and TensorBoard events.
+
+A run is a function of its arguments: the order of samples follows from (seed, epoch), the augmentation of a batch from
+(seed, epoch, step, shard), the learning rate from the step. So last.pt holds all that a run is: weights, optimizer,
+and the few numbers of `RunState`; and a global batch means the same on one process or eight.
+"""
+
+import argparse
+import csv
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import accelerate
+import torch
+import torch.nn.functional as F
+import torchvision
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+import data as datasets
+from data import BatchTransform, EpochBatches, seeded_generator
+from evaluate import CHECKPOINT_FORMAT, Metrics, evaluate, load_checkpoint
+from fishnet import create_model, model_names, zero_init_last
+
+# A recipe is a set of defaults; any flag overrides its own.
+RECIPES = {
+    # The slides' experiment, https://github.com/crapine1119/fishnet
+    "baseline": dict(
+        dataset="cifar10", model="fishnet99", val_fraction=0.2, augment="slides", epochs=100, batch_size=256,
+        opt="adam", lr=1e-2, weight_decay=1e-4, sched="step", warmup_epochs=0, smoothing=0.0, patience=20,
+        zero_init_last=False,
+    ),
+    "strong": dict(
+        dataset="cifar10", model="fishnet99", val_fraction=0.1, augment="standard", epochs=30, batch_size=128,
+        opt="adamw", lr=4e-3, weight_decay=0.05, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
+        zero_init_last=True,
+    ),
+    "demo": dict(
+        dataset="shapes", model="fishnet_tiny", val_fraction=0.2, augment="slides", epochs=8, batch_size=64,
+        opt="adamw", lr=4e-3, weight_decay=0.05, sched="cosine", warmup_epochs=1, smoothing=0.0, patience=0,
+        zero_init_last=True,
+    ),
+}  # fmt: skip
+
+# What a run's result depends on: a resumed run must agree in them.
+FIXED = (
+    "dataset", "val_fraction", "augment", "model", "zero_init_last", "epochs", "batch_size", "grad_accum_steps",
+    "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad", "seed",
+    "mixed_precision",
+)  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a FishNet. Defaults are the recipe's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--recipe", choices=RECIPES, default="baseline", help="the defaults of the flags below")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=datasets.DATASETS, help="what to train on")
+    group.add_argument("--data-dir", default="data", help="where the CIFAR folders are, or are downloaded to")
+    group.add_argument("--val-fraction", type=float, help="part of each class of the training set kept for validation")
+    group.add_argument("--augment", choices=("slides", "standard", "none"), help="see train_transforms in data.py")
+    group.add_argument("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=model_names(), help="which network")
+    group.add_argument("--zero-init-last", action=argparse.BooleanOptionalAction, help="start units as their shortcuts")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, help="length of the learning rate schedule")
+    group.add_argument("--max-steps", type=int, default=0, help="end after this many optimizer steps; 0: no limit")
+    group.add_argument("-b", "--batch-size", type=int, help="global batch: over all processes and accumulated steps")
+    group.add_argument("--grad-accum-steps", type=int, default=1, help="parts a batch is cut into, to save memory")
+    group.add_argument("--opt", choices=("adam", "adamw", "sgd"), help="sgd: Nesterov, momentum 0.9")
+    group.add_argument("--lr", type=float, help="peak learning rate")
+    group.add_argument("--weight-decay", type=float, help="adam, sgd: L2 penalty; adamw: decay")
+    group.add_argument("--sched", choices=("step", "cosine"), help="a tenth every --decay-epochs, or a cosine to 0")
+    group.add_argument("--decay-epochs", type=int, default=30, help="for --sched step")
+    group.add_argument("--warmup-epochs", type=float, help="linear rise of the learning rate at the start")
+    group.add_argument("--smoothing", type=float, help="label smoothing")
+    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: no limit")
+    group.add_argument("--patience", type=int, help="epochs without a better validation loss before stopping; 0: never")
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=int, default=0, help="of weights, split, order and augmentation")
+    group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate launch says")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>")
+    group.add_argument("--checkpoint-every", type=int, default=0, help="steps between saves of last.pt inside an epoch")
+    group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
+    group.add_argument("--override", action="store_true", help="resume though flags changed that the result depends on")
+    group.add_argument("--log-every", type=int, default=10, help="steps between TensorBoard points")
+    recipe = parser.parse_known_args(argv)[0].recipe
+    parser.set_defaults(**RECIPES[recipe])
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """ValueError for values that no run can have."""
+    processes = accelerator.num_processes
+    least = {"epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "decay_epochs": 1, "log_every": 1, "lr": 0.0,
+             "workers": 0, "max_steps": 0, "weight_decay": 0, "warmup_epochs": 0, "clip_grad": 0, "patience": 0,
+             "checkpoint_every": 0, "seed": 0}  # fmt: skip
+    for name, minimum in least.items():
+        if not minimum <= getattr(args, name) < math.inf:
+            raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)}: expected at least {minimum}")
+    if not 0 <= args.smoothing < 1:
+        raise ValueError(f"smoothing={args.smoothing}: expected 0 <= smoothing < 1")
+    parts = processes * args.grad_accum_steps
+    if args.batch_size % parts:
+        raise ValueError(
+            f"batch-size={args.batch_size}: expected a multiple of {parts}, "
+            f"{processes} processes x {args.grad_accum_steps} accumulated steps"
+        )
+    if args.batch_size // parts < 2:
+        raise ValueError(f"batch-size={args.batch_size}: expected at least 2 images a process and step for batch norm")
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed-precision=fp16: a CPU has none, use bf16 or no")
+    if args.resume == "auto" and not args.output_dir:
+        raise ValueError("resume=auto: expected --output-dir, the run to go on with")
+
+
+# ------------------------------------------------------------------------------------------------- state of a run
+
+
+@dataclasses.dataclass
+class RunState:
+    """What a run is besides weights and optimizer. Sums are of the current epoch's training batches so far."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
+    sums: list[list[float]] = dataclasses.field(default_factory=list)  # [loss, errors, images] of each process
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop works with."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    output_dir: Path
+    data: datasets.Data
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sampler: EpochBatches
+    loader: DataLoader
+    transform: BatchTransform
+    writer: SummaryWriter | None  # on the main process
+    state: RunState
+    sums: Tensor  # (3,) this process's part of state.sums, on the device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.batches // self.args.grad_accum_steps
+
+
+def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
+    """Of optimizer step 0, 1, ...: linear warm-up, then steps down or a cosine to 0 at the last epoch's end."""
+    warmup = args.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    if args.sched == "step":
+        return args.lr * 0.1 ** (step // steps_per_epoch // args.decay_epochs)
+    done = (step - warmup) / (args.epochs * steps_per_epoch - warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: the old one stays until the new one is on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save(run: Run, name: str) -> None:
+    """A checkpoint of plain values and tensors, loadable with weights_only=True. Call it on every process."""
+    run.state.sums = run.accelerator.gather(run.sums[None]).tolist()
+    if not run.accelerator.is_main_process:
+        return
+    model = run.accelerator.unwrap_model(run.model)
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "name": run.args.model,
+        "config": dataclasses.asdict(model.config),
+        "model": model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+        "classes": list(run.data.classes),
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
+        "args": vars(run.args),
+        "state": dataclasses.asdict(run.state),
+    }
+    write_atomic(run.output_dir / name, lambda file: torch.save(checkpoint, file))
+
+
+def resume(run: Run, path: Path) -> None:
+    """Continue from a checkpoint. ValueError: it is of another experiment, and --override is not given."""
+    checkpoint = load_checkpoint(path)
+    changed = [
+        f"{name.replace('_', '-')} {checkpoint['args'].get(name)} -> {getattr(run.args, name)}"
+        for name in FIXED
+        if checkpoint["args"].get(name) != getattr(run.args, name)
+    ]
+    if changed and not run.args.override:
+        raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, or --override")
+    run.accelerator.unwrap_model(run.model).load_state_dict(checkpoint["model"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    if run.accelerator.scaler and checkpoint["scaler"]:
+        run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
+    run.state = RunState(**checkpoint["state"])
+    sums = torch.tensor(run.state.sums, dtype=torch.float64)
+    if len(sums) == run.accelerator.num_processes:
+        run.sums.copy_(sums[run.accelerator.process_index])
+    elif run.accelerator.is_main_process:
+        run.sums.copy_(sums.sum(0))
+    run.accelerator.print(f"resumed {path} at step {run.state.step}, epoch {run.state.epoch + 1}")
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> Tensor:
+    """One optimizer step on a global batch: this process's [sum of losses, errors, images], (3,) on the device."""
+    args, accelerator, state = run.args, run.accelerator, run.state
+    result = torch.zeros_like(run.sums)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    for part in range(args.grad_accum_steps):
+        images, labels = next(batches)  # uint8 (N, 3, H, W), (N,)
+        # A global batch's parts are numbered alike on one process that accumulates and on many that do not.
+        shard = part * accelerator.num_processes + accelerator.process_index
+        images = run.transform(images, seeded_generator(args.seed, state.epoch, state.step, shard))
+        with accelerator.accumulate(run.model):
+            logits = run.model(images.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.unscale_gradients()
+                if run.writer and (state.step + 1) % args.log_every == 0:
+                    log_gradient_norms(run)
+                if args.clip_grad:
+                    nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        errors = (logits.detach().argmax(1) != labels).sum()
+        result += torch.stack([loss.detach() * len(labels), errors, torch.full_like(errors, len(labels))])
+    return result
+
+
+def train_epoch(run: Run) -> dict[str, float]:
+    """From where the run is to its epoch's end, or to --max-steps; the columns of metrics.csv that training fills.
+
+    FloatingPointError: a loss was not finite. That is found before anything is saved.
+    """
+    args, accelerator, state, steps = run.args, run.accelerator, run.state, run.steps_per_epoch
+    end = (state.epoch + 1) * steps
+    if args.max_steps:
+        end = min(end, args.max_steps)
+    first = state.step
+    run.sampler.seek(state.epoch, (first - state.epoch * steps) * args.grad_accum_steps)
+    bar = tqdm(
+        desc=f"epoch {state.epoch + 1}", initial=first - state.epoch * steps, total=end - state.epoch * steps,
+        bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix} {remaining}", ncols=79, leave=False,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    run.model.train()
+    started = time.perf_counter()
+    batches = iter(run.loader)
+    before = None
+    while state.step < end:
+        lr = learning_rate(args, state.step, steps)
+        result = train_step(run, batches, lr)
+        if before:
+            require_finite(*before)  # one step late: the device is at work on the next one already
+        before = result, state.step, lr
+        run.sums += result
+        state.step += 1
+        bar.update()
+        if state.step % args.log_every == 0 or state.step == end:
+            speed = (state.step - first) * args.batch_size / (time.perf_counter() - started)
+            log_step(run, bar, result, lr, speed)
+        if args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end:
+            require_finite(*before)
+            save(run, "last.pt")
+    require_finite(*before)
+    bar.close()
+    seconds = time.perf_counter() - started
+    loss, errors, images = accelerator.reduce(run.sums, "sum").tolist()
+    return {
+        "epoch": state.epoch + 1, "step": state.step, "lr": lr,
+        "train_loss": loss / images, "train_top1_error": errors / images,
+        "images_per_second": (state.step - first) * args.batch_size / seconds, "seconds": seconds,
+    }  # fmt: skip
+
+
+def require_finite(result: Tensor, step: int, lr: float) -> None:
+    if not result[0].isfinite():
+        raise FloatingPointError(f"the loss is not finite at step {step + 1}, learning rate {lr:g}")
+
+
+def finished(run: Run) -> bool:
+    args, state = run.args, run.state
+    return (
+        state.epoch >= args.epochs
+        or (args.max_steps > 0 and state.step >= args.max_steps)
+        or (args.patience > 0 and state.epoch - state.best_epoch >= args.patience)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- what it shows
+
+
+def log_gradient_norms(run: Run) -> None:
+    """Of the tail (with the stem), the body and the head (with the classifier): [P]'s claim is that they are alike."""
+    norms = {"tail": [], "body": [], "head": []}
+    for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters():
+        part = name.split(".")[0]
+        norms[{"stem": "tail", "fc": "head"}.get(part, part)].append(parameter.grad)
+    for part, gradients in norms.items():
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            run.writer.add_scalar(f"gradient_norm/{part}", float(norm), run.state.step + 1)
+
+
+def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float) -> None:
+    """The epoch's mean on the progress bar, this step's values to TensorBoard."""
+    loss, errors, images = run.sums.tolist()
+    bar.set_postfix_str(f"loss {loss / images:.3f} error {errors / images:.1%} {speed:.0f} img/s")
+    loss, errors, images = run.accelerator.reduce(result, "sum").tolist()
+    if run.writer:
+        for name, value in {
+            "train/loss": loss / images, "train/top1_error": errors / images, "lr": lr, "images_per_second": speed,
+        }.items():  # fmt: skip
+            run.writer.add_scalar(name, value, run.state.step)
+
+
+def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
+    """A line on the terminal, a row of metrics.csv, the validation's curves."""
+    run.state.history.append(row)
+    if not run.accelerator.is_main_process:
+        return
+    line = f"epoch {row['epoch']:>3}/{run.args.epochs}  train {row['train_loss']:.3f} {row['train_top1_error']:6.2%}"
+    if val:
+        line += f"  val {val.loss:.3f} {val.top1_error:6.2%} ({val.top5_error:.2%})"
+        for name in ("loss", "top1_error", "top5_error"):
+            run.writer.add_scalar(f"val/{name}", getattr(val, name), row["step"])
+    print(f"{line}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s", flush=True)
+    run.writer.flush()
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, run.state.history[0])
+    table.writeheader()
+    table.writerows(run.state.history)
+    write_atomic(run.output_dir / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+# ----------------------------------------------------------------------------------------------------------- set-up
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Batches are global and split over the processes; on a CPU all cores work and freed memory is kept."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        step_scheduler_with_optimizer=False,
+    )
+    accelerator.gradient_accumulation_steps = args.grad_accum_steps  # an argument would yield to the environment
+    args.mixed_precision = accelerator.mixed_precision
+    if accelerator.device.type == "cpu":
+        # accelerate launch and torchrun set OMP_NUM_THREADS=1, which leaves all cores but one idle.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_flush_denormal(True)  # arithmetic on numbers under 1e-38 is many times slower
+        keep_freed_memory()
+    return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: else a fifth of a step goes into page faults of the same buffers again."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+            mallopt(m_trim_threshold, largest)
+            mallopt(m_mmap_threshold, largest)
+
+
+def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """The run's folder, the same on all processes. ValueError: it holds a run that --resume does not continue."""
+    name = [args.output_dir or f"runs/{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    folder = Path(broadcast_object_list(name)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "last.pt").exists() and not args.resume:
+        raise ValueError(f"output-dir={folder}: holds a run; go on with --resume auto, or take another folder")
+    return folder
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Adam as the slides have it; AdamW, which leaves biases and batch norm undecayed; SGD with Nesterov momentum."""
+    if args.opt == "adam":
+        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.opt == "sgd":
+        return torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, nesterov=True)
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+
+
+def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
+    """Everything from the arguments. ValueError or OSError: something the user gave is wrong."""
+    check_args(args, accelerator)
+    output_dir = make_output_dir(args, accelerator)
+    with accelerator.local_main_process_first():  # one process downloads, the others read
+        data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed)
+    transforms = datasets.train_transforms(args.augment, data.train.images)
+    transform = BatchTransform(data.mean, data.std, transforms)
+    sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
+    loader = DataLoader(data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
+                        pin_memory=accelerator.device.type == "cuda")
+
+    torch.manual_seed(args.seed)
+    model = create_model(args.model, num_classes=len(data.classes)).to(memory_format=torch.channels_last)
+    if args.zero_init_last:
+        zero_init_last(model)
+    if args.compile:
+        model.compile()  # in place: the weights keep their names
+    model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
+
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    run = Run(args, accelerator, output_dir, data, model, optimizer, sampler, loader, transform, None, RunState(), sums)
+    path = output_dir / "last.pt" if args.resume == "auto" else Path(args.resume or "")
+    if args.resume and (args.resume != "auto" or path.exists()):
+        resume(run, path)
+    if accelerator.is_main_process:
+        run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
+        if run.state.step == 0:
+            plain = BatchTransform((0, 0, 0), (1, 1, 1), transforms)
+            images = plain(data.train.images[:64], seeded_generator(args.seed)).clamp(0, 1)
+            run.writer.add_image("augmented", datasets.image_grid(images[: len(images) // 8 * 8]))
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
+        text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
+        write_atomic(output_dir / "args.json", lambda file: file.write(text.encode()))
+    return run
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = make_accelerator(args)
+    try:
+        run = make_run(args, accelerator)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    state, data = run.state, run.data
+    parameters = sum(p.numel() for p in run.model.parameters())
+    accelerator.print(
+        f"{args.model}, {parameters:,} parameters, on {args.dataset}: {len(data.train)} images to train, "
+        f"{len(data.val)} to validate\n"
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.mixed_precision}, "
+        f"{run.steps_per_epoch} steps an epoch; writes to {run.output_dir}"
+    )
+    try:
+        while not finished(run):
+            row = train_epoch(run)
+            if state.step < (state.epoch + 1) * run.steps_per_epoch:
+                save(run, "last.pt")  # --max-steps ends inside an epoch: from here a longer run goes on
+            state.epoch += 1
+            run.sums.zero_()
+            val = None
+            if len(data.val):
+                clean = BatchTransform(data.mean, data.std)
+                val = evaluate(accelerator, run.model, data.val, clean, len(data.classes), workers=args.workers)
+                row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
+            log_epoch(run, row, val)
+            if not val or val.loss < state.best_loss:
+                state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
+                save(run, "best.pt")
+            if state.step == state.epoch * run.steps_per_epoch:
+                save(run, "last.pt")
+    except FloatingPointError as error:
+        sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
+    if run.writer:
+        run.writer.close()
+    best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
+    accelerator.print(f"{best}\npython evaluate.py {run.output_dir}/best.pt")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
