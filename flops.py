@@ -18,7 +18,7 @@ Prints, for one square image:
                  next convolution's input). Neither parameters nor the statistics of batch norm are among them, so a
                  batch of n images keeps n times as much.
 
-and with --stages, by the rule of [S], parameters and MACs of the stem, of each stage and of the classifier, fc:
+and with --stages, by the rule of [S], parameters and MACs of the stem, the stages and the classifier fc, besides:
 
     size         side of the stage's output; a tail stage's before its pool.
     blocks       bottlenecks of the stem, residual units of the tail, regular units of body and head.
@@ -102,12 +102,13 @@ def measure(module: nn.Module, *inputs: Tensor) -> Counts:
     kept = set()  # storages: a tensor and its views share one
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.add(tensor.untyped_storage())
+        if tensor.ndim > 1:  # else the statistics of a batch norm
+            kept.add(tensor.untyped_storage())
         return tensor
 
     with torch.enable_grad(), Arithmetic() as total, saved_tensors_hooks(keep, lambda tensor: tensor):
         module(*inputs)
-    kept -= {tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())}
+    kept -= {p.untyped_storage() for p in module.parameters()}
     return Counts(
         params=sum(p.numel() for p in module.parameters()),
         macs=total.macs,
@@ -144,7 +145,8 @@ def count_stages(model: FishNet | ResNet, image_size: int = 32) -> list[StageCou
     """The layer table; its parameters and MACs add up to the network's. ValueError: the size does not fit."""
     model = copy.deepcopy(model).to("meta", torch.float32).eval()
     modules = [model.stem, *model.tail, *getattr(model, "body", ()), *getattr(model, "head", ())]
-    stages = dict(zip(STAGES, modules)) | {"fc": model.fc}
+    stages = dict(zip(STAGES, modules))
+    stages |= {name: m for name, m in model.named_children() if name not in ("stem", "tail", "body", "head")}  # fc
     calls = {}  # stage -> its inputs and its output
     for name, stage in stages.items():
         stage.register_forward_hook(lambda _, args, output, name=name: calls.update({name: (args, output)}))

@@ -42,7 +42,7 @@ def fill(model):
 # ---------------------------------------------------------------------------------------------- a second implementation
 
 
-def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, num_classes=10):
+def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, final_norm=False, num_classes=10):
     """Train-mode logits of the slides' networks, written straight down; it makes its weights when it meets a shape."""
     c1, c2, c3, c4 = channels
     activate_sum = (lambda x: x) if preact else torch.relu
@@ -83,6 +83,9 @@ def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, nu
     def down(x):
         return pool(m(x, x.shape[1]) + x)
 
+    def average(x):
+        return (norm(x).relu() if final_norm else x).mean((2, 3))
+
     x1 = m(m(conv(x, c1, 3, stride=stem_stride), c1), c1) if preact else m(m(x, c1, stride=stem_stride), c1)
     x2 = pool(units(x1, c2, tail[0]))
     x3 = pool(units(x2, c3, tail[1]))
@@ -90,7 +93,7 @@ def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, nu
     x = units(x4, c4, tail[3])
     if not head:
         bias = torch.from_numpy(normal(num_classes) * 0.01).float().double()
-        return x.mean((2, 3)) @ weight(num_classes, c4).T + bias
+        return average(x) @ weight(num_classes, c4).T + bias
     y = m(x, c4)
     squeezed = conv(y.mean((2, 3), keepdim=True), c4 // 16).relu()
     bridge = activate_sum(x + y * conv(squeezed, c4).sigmoid())
@@ -101,7 +104,7 @@ def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, nu
     h2 = cat(down(h1), b2, head[1])
     h3 = cat(down(h2), b3, head[2])
     h4 = cat(down(h3), x4, head[3])
-    x = (m(h4, h4.shape[1]) + h4).mean((2, 3))
+    x = average(m(h4, h4.shape[1]) + h4)
     return x @ weight(num_classes, x.shape[1]).T
 
 
@@ -117,6 +120,8 @@ CASES = {
     "post-activation, k=4": {"preact": False, "k": 4, "tail": (2, 1, 2, 2), "body": (2, 2, 2), "head": (0, 2, 1, 2)},
     "stem 2, 7 classes": {"stem_stride": 2, "num_classes": 7},
     "stem 4, post-activation": {"stem_stride": 4, "preact": False},
+    "final norm": {"final_norm": True},
+    "resnet, final norm": {"tail": (1, 1, 1, 1), "body": (), "head": (), "final_norm": True},
     "grey": {"in_channels": 1},
     "resnet": {"tail": (2, 1, 2, 3), "body": (), "head": ()},
     "resnet, post-activation": {"tail": (1, 1, 1, 0), "body": (), "head": (), "preact": False, "num_classes": 12},
@@ -136,7 +141,7 @@ def test_any_configuration_is_the_reference(case):
 
 def test_fishnet_tiny_is_the_reference():
     images = torch.from_numpy(normal(2, 3, 32, 48))  # not square
-    expected = reference(images, (16, 32, 64, 128), (2, 2, 2, 1), (1, 1, 1), (1, 1, 1, 1), stem_stride=2)
+    expected = reference(images, (16, 32, 64, 128), (2, 2, 2, 1), (1, 1, 1), (1, 1, 1, 1), stem_stride=2, final_norm=True)
     torch.testing.assert_close(fill(create_model("fishnet_tiny")).train()(images), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -258,6 +263,7 @@ def test_weights_at_the_start():
         ("k", True, "an integer"),
         ("preact", 1, "True or False"),
         ("preact", "no", "True or False"),
+        ("final_norm", 0, "True or False"),
         ("stem_stride", 3, "1, 2 or 4"),
         ("stem_stride", True, "1, 2 or 4"),
         ("in_channels", 0, "at least 1"),
@@ -310,7 +316,7 @@ def test_images_that_do_not_fit(name, shape, fragments):
 @pytest.mark.parametrize("preact", [True, False])
 def test_body_and_head_have_no_convolution_in_the_way(preact):
     """With every M of body and head silent, what the tail found still arrives: summed, copied, pooled, concatenated."""
-    model = create_model("fishnet_tiny", preact=preact)
+    model = create_model("fishnet_tiny", preact=preact, final_norm=False)
     for module in (*model.body.modules(), *model.head.modules()):
         if hasattr(module, "conv3"):
             nn.init.zeros_(module.conv3.weight)
