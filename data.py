@@ -544,7 +544,8 @@ def main() -> None:
         counts = collections.Counter(data.train.labels.tolist())
         mean, std = pixel_mean_std(data.train.images)
         pca = FancyPCA.fit(data.train.images)
-        print(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes")
+        sizes = f"{len(data.train)} training and {len(data.test)} test images"
+        print(f"{args.dataset}: {sizes}, {len(data.classes)} classes")
         print(f"images a class  {min(counts.values())} to {max(counts.values())}")
         print("mean            " + "  ".join(f"{v:7.4f}" for v in mean))
         print("std             " + "  ".join(f"{v:7.4f}" for v in std))

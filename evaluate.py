@@ -27,6 +27,7 @@ CHECKPOINT_KEYS = {
     "format": int, "name": str, "config": dict, "model": dict, "classes": list, "mean": list, "std": list,
     "args": dict, "state": dict,
 }  # fmt: skip
+ARGS_KEYS = {"dataset": str, "data_dir": str, "val_fraction": (int, float), "seed": int}
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,14 @@ def load_checkpoint(path: str | Path) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint of train.py")
-    for key, kind in CHECKPOINT_KEYS.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f"{path}: {key!r} is not a {kind.__name__}, expected a checkpoint of train.py")
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")
+    wrong = [key for key, kind in CHECKPOINT_KEYS.items() if not isinstance(checkpoint.get(key), kind)]
+    if not wrong:
+        wrong = [key for key, kind in ARGS_KEYS.items() if not isinstance(checkpoint["args"].get(key), kind)]
+        wrong += [key for key in ("mean", "std") if list(map(type, checkpoint[key])) != [float] * 3]
+        wrong += [key for key in ("classes", "config") if not all(type(name) is str for name in checkpoint[key])]
+    if wrong:
+        raise ValueError(f"{path}: wrong or missing: {', '.join(wrong)}; expected a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: format {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
     return checkpoint
@@ -120,15 +125,19 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_model(checkpoint: dict) -> nn.Module:
     """The checkpoint's model with its weights. ValueError: they do not fit, or are not finite."""
     model = create_model(checkpoint["name"], **checkpoint["config"])
+    check_weights(model, checkpoint["model"], "checkpoint")
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def check_weights(model: nn.Module, found: dict, where: str) -> None:
+    """ValueError, naming the weights: `found` is no state_dict of the model with finite values."""
     expected = model.state_dict()
-    found = checkpoint["model"]
     odd = expected.keys() ^ found.keys()
     odd |= {key for key in expected.keys() & found.keys() if not _fits(expected[key], found[key])}
     if odd:
         shown = ", ".join(sorted(map(str, odd))[:5])
-        raise ValueError(f"checkpoint: {len(odd)} weights do not fit {checkpoint['name']} or are not finite: {shown}")
-    model.load_state_dict(found)
-    return model
+        raise ValueError(f"{where}: {len(odd)} weights do not fit the model or are not finite: {shown}")
 
 
 def _fits(expected: torch.Tensor, found: object) -> bool:

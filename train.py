@@ -5,27 +5,30 @@
     accelerate launch train.py --output-dir runs/a --resume auto # begin, or go on where runs/a stopped
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py # two processes on the CPU
 
-Prints a progress bar (on a terminal) and a line an epoch. Writes to --output-dir: last.pt, best.pt (by validation
-loss), metrics.csv, args.json and TensorBoard events.
+Prints a progress bar (on a terminal) and a line an epoch. Writes to --output-dir: last.pt and the one before it,
+previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoard events.
 
 A run is a function of its arguments: the order of samples follows from (seed, epoch), the augmentation of a batch from
 (seed, epoch, step, shard), the learning rate from the step. So last.pt holds all that a run is: weights, optimizer,
-and the few numbers of `RunState`; and a global batch means the same on one process or eight.
+and the few numbers of `RunState`; and a global batch means the same on one process or eight. SIGTERM and SIGINT end a
+run after the step it is in, with a checkpoint.
 """
 
 import argparse
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TextIO
 
 import accelerate
 import torch
@@ -39,7 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
 from data import BatchTransform, EpochBatches, seeded_generator
-from evaluate import CHECKPOINT_FORMAT, Metrics, evaluate, load_checkpoint
+from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, load_checkpoint
 from fishnet import create_model, model_names, zero_init_last
 
 # A recipe is a set of defaults; any flag overrides its own.
@@ -61,6 +64,8 @@ RECIPES = {
         zero_init_last=True,
     ),
 }  # fmt: skip
+
+MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves the scale at each
 
 # What a run's result depends on: a resumed run must agree in them.
 FIXED = (
@@ -169,6 +174,9 @@ class Run:
     writer: SummaryWriter | None  # on the main process
     state: RunState
     sums: Tensor  # (3,) this process's part of state.sums, on the device
+    stop: "StopSignal"
+    lock: TextIO | None  # on the main process: open as long as the run lives
+    save_seconds: float = 0.0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -186,14 +194,41 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
     return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+class StopSignal:
+    """SIGTERM or SIGINT: before training it ends the program at once, in training after the step (or evaluation)."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.training = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        self.number = number
+        if not self.training:
+            sys.exit(128 + number)
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any process got, or 0: the same on all of them, so that all stop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.number
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all: the old one stays until the new one is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "last.pt" and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # it fills a full disk
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -204,6 +239,7 @@ def save(run: Run, name: str) -> None:
     run.state.sums = run.accelerator.gather(run.sums[None]).tolist()
     if not run.accelerator.is_main_process:
         return
+    started = time.perf_counter()
     model = run.accelerator.unwrap_model(run.model)
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
@@ -218,11 +254,29 @@ def save(run: Run, name: str) -> None:
         "args": vars(run.args),
         "state": dataclasses.asdict(run.state),
     }
-    write_atomic(run.output_dir / name, lambda file: torch.save(checkpoint, file))
+    buffer = io.BytesIO()  # so that a full disk is an OSError here, not an error inside torch's own writer
+    torch.save(checkpoint, buffer)
+    write_atomic(run.output_dir / name, buffer.getbuffer())
+    run.save_seconds += time.perf_counter() - started
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """The newest whole checkpoint of the output directory; None: it has none. ValueError: all are damaged."""
+    paths = [run.output_dir / name for name in ("last.pt", "previous.pt", "best.pt")]
+    paths = [path for path in paths if path.exists()]
+    steps = {}
+    for path in paths:
+        try:
+            steps[path] = load_checkpoint(path)["state"]["step"]
+        except (ValueError, KeyError) as error:
+            run.accelerator.print(f"left aside: {error}")
+    if paths and not steps:
+        raise ValueError(f"resume=auto: no whole checkpoint is left in {run.output_dir}; move them away to start anew")
+    return max(steps, key=steps.get, default=None)
 
 
 def resume(run: Run, path: Path) -> None:
-    """Continue from a checkpoint. ValueError: it is of another experiment, and --override is not given."""
+    """Continue from a checkpoint. ValueError: it is of another experiment, and --override is not given; or damaged."""
     checkpoint = load_checkpoint(path)
     changed = [
         f"{name.replace('_', '-')} {checkpoint['args'].get(name)} -> {getattr(run.args, name)}"
@@ -231,12 +285,26 @@ def resume(run: Run, path: Path) -> None:
     ]
     if changed and not run.args.override:
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, or --override")
-    run.accelerator.unwrap_model(run.model).load_state_dict(checkpoint["model"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    if run.accelerator.scaler and checkpoint["scaler"]:
-        run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
-    run.state = RunState(**checkpoint["state"])
-    sums = torch.tensor(run.state.sums, dtype=torch.float64)
+    model = run.accelerator.unwrap_model(run.model)
+    check_weights(model, checkpoint["model"], str(path))
+    model.load_state_dict(checkpoint["model"])
+    try:
+        state = RunState(**checkpoint["state"])
+        sums = torch.tensor(state.sums, dtype=torch.float64).view(-1, 3)
+        if not (0 <= state.epoch * run.steps_per_epoch <= state.step and len(state.history) >= state.epoch):
+            raise ValueError(f"epoch {state.epoch}, step {state.step} and {len(state.history)} rows do not agree")
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, values in run.optimizer.state.items():
+            for value in values.values():
+                if value is None:
+                    continue  # SGD's momentum before the first step
+                if value.shape not in ((), parameter.shape) or not value.isfinite().all():
+                    raise ValueError("a tensor of the optimizer does not fit or is not finite")
+        if run.accelerator.scaler and checkpoint["scaler"]:
+            run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
+    except Exception as error:  # what a changed file holds can be anything
+        raise ValueError(f"{path}: its state is damaged ({str(error).splitlines()[0]})") from None
+    run.state = state
     if len(sums) == run.accelerator.num_processes:
         run.sums.copy_(sums[run.accelerator.process_index])
     elif run.accelerator.is_main_process:
@@ -247,8 +315,8 @@ def resume(run: Run, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> Tensor:
-    """One optimizer step on a global batch: this process's [sum of losses, errors, images], (3,) on the device."""
+def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
+    """One optimizer step on a global batch: this process's [sum of losses, errors, images], and the gradient's norm."""
     args, accelerator, state = run.args, run.accelerator, run.state
     result = torch.zeros_like(run.sums)
     for group in run.optimizer.param_groups:
@@ -266,19 +334,19 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) ->
                 accelerator.unscale_gradients()
                 if run.writer and (state.step + 1) % args.log_every == 0:
                     log_gradient_norms(run)
-                if args.clip_grad:
-                    nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
+                norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
             run.optimizer.step()
             run.optimizer.zero_grad()
         errors = (logits.detach().argmax(1) != labels).sum()
         result += torch.stack([loss.detach() * len(labels), errors, torch.full_like(errors, len(labels))])
-    return result
+    return result, norm
 
 
 def train_epoch(run: Run) -> dict[str, float]:
     """From where the run is to its epoch's end, or to --max-steps; the columns of metrics.csv that training fills.
 
-    FloatingPointError: a loss was not finite. That is found before anything is saved.
+    FloatingPointError: a loss or gradient was not finite. That is found before anything is saved. SystemExit: a signal
+    came; a checkpoint is saved.
     """
     args, accelerator, state, steps = run.args, run.accelerator, run.state, run.steps_per_epoch
     end = (state.epoch + 1) * steps
@@ -294,23 +362,30 @@ def train_epoch(run: Run) -> dict[str, float]:
     run.model.train()
     started = time.perf_counter()
     batches = iter(run.loader)
-    before = None
+    before, skipped = None, 0
     while state.step < end:
         lr = learning_rate(args, state.step, steps)
-        result = train_step(run, batches, lr)
+        result, norm = train_step(run, batches, lr)
+        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if skipped > MAX_SKIPPED:
+            raise FloatingPointError(f"{skipped} steps in a row overflowed fp16, to step {state.step + 1}")
         if before:
             require_finite(*before)  # one step late: the device is at work on the next one already
-        before = result, state.step, lr
+        before = result[0] if skipped else result[0] + norm, state.step, lr
         run.sums += result
         state.step += 1
         bar.update()
         if state.step % args.log_every == 0 or state.step == end:
             speed = (state.step - first) * args.batch_size / (time.perf_counter() - started)
             log_step(run, bar, result, lr, speed)
-        if args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end:
+        stopped = run.stop.agreed(accelerator)
+        if stopped or state.step == end or (args.checkpoint_every and state.step % args.checkpoint_every == 0):
             require_finite(*before)
+        if stopped:
+            bar.close()
+            save_and_exit(run, stopped)
+        if args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end:
             save(run, "last.pt")
-    require_finite(*before)
     bar.close()
     seconds = time.perf_counter() - started
     loss, errors, images = accelerator.reduce(run.sums, "sum").tolist()
@@ -321,9 +396,15 @@ def train_epoch(run: Run) -> dict[str, float]:
     }  # fmt: skip
 
 
-def require_finite(result: Tensor, step: int, lr: float) -> None:
-    if not result[0].isfinite():
-        raise FloatingPointError(f"the loss is not finite at step {step + 1}, learning rate {lr:g}")
+def require_finite(value: Tensor, step: int, lr: float) -> None:
+    if not value.isfinite():
+        raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1}, learning rate {lr:g}")
+
+
+def save_and_exit(run: Run, number: int) -> None:
+    save(run, "last.pt")
+    run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; go on with --resume auto")
+    sys.exit(128 + number)
 
 
 def finished(run: Run) -> bool:
@@ -378,7 +459,7 @@ def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
     table = csv.DictWriter(text, run.state.history[0])
     table.writeheader()
     table.writerows(run.state.history)
-    write_atomic(run.output_dir / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+    write_atomic(run.output_dir / "metrics.csv", text.getvalue().encode())
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
@@ -422,6 +503,16 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     return folder
 
 
+def lock_output_dir(folder: Path) -> TextIO:
+    """Held as long as the file is open: it dies with its process. ValueError: another run has it."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"output-dir={folder}: in use by another run") from None
+    return file
+
+
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Adam as the slides have it; AdamW, which leaves biases and batch norm undecayed; SGD with Nesterov momentum."""
     if args.opt == "adam":
@@ -434,10 +525,11 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
 
 
-def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
+def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) -> Run:
     """Everything from the arguments. ValueError or OSError: something the user gave is wrong."""
     check_args(args, accelerator)
     output_dir = make_output_dir(args, accelerator)
+    lock = lock_output_dir(output_dir) if accelerator.is_main_process else None
     with accelerator.local_main_process_first():  # one process downloads, the others read
         data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed)
     transforms = datasets.train_transforms(args.augment, data.train.images)
@@ -455,10 +547,13 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
 
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    run = Run(args, accelerator, output_dir, data, model, optimizer, sampler, loader, transform, None, RunState(), sums)
-    path = output_dir / "last.pt" if args.resume == "auto" else Path(args.resume or "")
-    if args.resume and (args.resume != "auto" or path.exists()):
-        resume(run, path)
+    run = Run(
+        args, accelerator, output_dir, data, model, optimizer, sampler, loader, transform, None, RunState(), sums, stop,
+        lock,
+    )  # fmt: skip
+    path = newest_checkpoint(run) if args.resume == "auto" else args.resume
+    if path:
+        resume(run, Path(path))
     if accelerator.is_main_process:
         run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
         if run.state.step == 0:
@@ -467,15 +562,41 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
             run.writer.add_image("augmented", datasets.image_grid(images[: len(images) // 8 * 8]))
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
         text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
-        write_atomic(output_dir / "args.json", lambda file: file.write(text.encode()))
+        write_atomic(output_dir / "args.json", text.encode())
     return run
+
+
+def run_epochs(run: Run) -> None:
+    """Train, evaluate, log, save, until the run is finished."""
+    state, data = run.state, run.data
+    clean = BatchTransform(data.mean, data.std)
+    while not finished(run):
+        row = train_epoch(run)
+        whole = state.step == (state.epoch + 1) * run.steps_per_epoch
+        if not whole:
+            save(run, "last.pt")  # --max-steps ends inside an epoch: from here a longer run goes on
+        state.epoch += 1
+        run.sums.zero_()
+        val = None
+        if len(data.val):
+            val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes), workers=run.args.workers)
+            row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
+        log_epoch(run, row, val)
+        if not val or val.loss < state.best_loss:
+            state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
+            save(run, "best.pt")
+        if whole:
+            save(run, "last.pt")
+        if number := run.stop.agreed(run.accelerator):
+            save_and_exit(run, number)
 
 
 def main() -> None:
     args = parse_args()
+    stop = StopSignal()
     accelerator = make_accelerator(args)
     try:
-        run = make_run(args, accelerator)
+        run = make_run(args, accelerator, stop)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     state, data = run.state, run.data
@@ -486,31 +607,38 @@ def main() -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.mixed_precision}, "
         f"{run.steps_per_epoch} steps an epoch; writes to {run.output_dir}"
     )
+    started = time.perf_counter()
+    stop.training = True
     try:
-        while not finished(run):
-            row = train_epoch(run)
-            if state.step < (state.epoch + 1) * run.steps_per_epoch:
-                save(run, "last.pt")  # --max-steps ends inside an epoch: from here a longer run goes on
-            state.epoch += 1
-            run.sums.zero_()
-            val = None
-            if len(data.val):
-                clean = BatchTransform(data.mean, data.std)
-                val = evaluate(accelerator, run.model, data.val, clean, len(data.classes), workers=args.workers)
-                row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
-            log_epoch(run, row, val)
-            if not val or val.loss < state.best_loss:
-                state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
-                save(run, "best.pt")
-            if state.step == state.epoch * run.steps_per_epoch:
-                save(run, "last.pt")
+        run_epochs(run)
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
+    except OSError as error:
+        sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
+    except RuntimeError as error:
+        sys.exit(f"train.py: {explain(error, args)}")
     if run.writer:
         run.writer.close()
     best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
-    accelerator.print(f"{best}\npython evaluate.py {run.output_dir}/best.pt")
+    accelerator.print(
+        f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time\n"
+        f"python evaluate.py {run.output_dir}/best.pt"
+    )
     accelerator.end_training()
+
+
+def explain(error: RuntimeError, args: argparse.Namespace) -> str:
+    """One line for the failures of a machine that no argument check foresees; any other error is raised again."""
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in message:
+        parts = 2 * args.grad_accum_steps
+        return (
+            f"out of memory at batch-size {args.batch_size} in {args.grad_accum_steps} part(s): try --grad-accum-steps "
+            f"{parts}, the same optimisation in smaller parts, or --batch-size {max(2, args.batch_size // 2)}"
+        )
+    if "DataLoader worker" in message:
+        return f"{message.splitlines()[0]}: go on with --resume auto, or read data in the main process with --workers 0"
+    raise error
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def fresh_accelerate():
     GradientState._reset_state()
 
 
-SMALL = ["--recipe", "demo", "--dataset", "cifar10", "--batch-size", "32", "--log-every", "2", "--opt", "sgd", "--lr", "0.02"]
+SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2", "--opt", "sgd", "--lr", "0.02"]
 
 
 @pytest.fixture

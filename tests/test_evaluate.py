@@ -148,9 +148,10 @@ def test_checkpoints_run_no_code_and_must_have_their_keys(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"a\.pt"):
         load_checkpoint(path)
     assert not canary.exists()
-    for wrong in (checkpoint | {"classes": "cat"}, {k: v for k, v in checkpoint.items() if k != "model"}, [1], {"a": 1}):
+    without = {key: value for key, value in checkpoint.items() if key != "model"}
+    for wrong in (checkpoint | {"classes": "cat"}, without, [1], {"a": 1}):
         torch.save(wrong, path)
-        with pytest.raises(ValueError, match=r"a\.pt: .* expected a checkpoint of train\.py"):
+        with pytest.raises(ValueError, match=r"a\.pt: .*; expected a checkpoint of train\.py"):
             load_checkpoint(path)
 
 
@@ -159,5 +160,5 @@ def test_weights_that_do_not_fit_are_named(checkpoint):
     nan = weights["fc.weight"].clone()
     nan[0, 0] = torch.nan
     for name, value in (("fc.weight", nan), ("fc.weight", weights["fc.weight"][:5]), ("fc.weight", 3), ("odd", nan)):
-        with pytest.raises(ValueError, match=rf"1 weights do not fit fishnet_tiny or are not finite: {name}"):
+        with pytest.raises(ValueError, match=rf"checkpoint: 1 weights do not fit the model or are not finite: {name}"):
             load_model(checkpoint | {"model": weights | {name: value}})
