@@ -238,7 +238,7 @@ def test_dilation_is_in_the_first_regular_unit_of_b3_and_b2():
 
 
 def test_weights_at_the_start():
-    model = create_model("fishnet99")
+    model = create_model("fishnet99", num_classes=1000)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
             assert module.weight.std().item() == pytest.approx(math.sqrt(2 / module.weight[0].numel()), rel=0.05)

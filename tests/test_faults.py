@@ -1,0 +1,199 @@
+"""What goes wrong from outside: signals, kills, damaged and foreign files, a directory in use, a machine that fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from test_train import ROOT, assert_same, load
+
+import train
+
+
+def start(cifar_dir: Path, output_dir: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    arguments = [*launch, "train.py", *SMALL, "--data-dir", cifar_dir, "--output-dir", output_dir, *flags]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text!r}")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
+    process = start(cifar_dir, tmp_path / "run", "--epochs", "1000")
+    wait_for(process, "steps an epoch")
+    time.sleep(2)
+    process.send_signal(number)
+    process.send_signal(number)  # an impatient user
+    began = time.perf_counter()
+    out = process.communicate()[0]
+    assert time.perf_counter() - began < 10
+    assert process.returncode == code and "Traceback" not in out
+    step = load(tmp_path / "run" / "last.pt")["state"]["step"]
+    assert f"{number.name}: saved step {step}; go on with --resume auto" in out and step > 0
+
+
+def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
+    process = start(cifar_dir, tmp_path / "run", "--epochs", "1000", processes=2)
+    wait_for(process, "steps an epoch")
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=30)[0]
+    state = load(tmp_path / "run" / "last.pt")["state"]
+    assert f"SIGTERM: saved step {state['step']}" in out
+    done = state["step"] - 6 * state["epoch"]
+    assert [sums[2] for sums in state["sums"]] == [16 * done, 16 * done]  # images that each process has seen
+
+
+def test_a_run_killed_five_times_ends_as_one_that_was_not(cifar_dir, tmp_path, run_train, monkeypatch):
+    """Each time inside a save: at a write, at a sync, between two renames. The process is gone there and then."""
+    flags = ["--epochs", "2", "--checkpoint-every", "1"]
+    run_train(tmp_path / "whole", *flags)
+    (tmp_path / "killed.py").write_text("""
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+call, count = sys.argv.pop(1), int(sys.argv.pop(1))
+original = getattr(os, call)
+def dying(*args):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+setattr(os, call, dying)
+train.main()
+""")
+    arguments = [*SMALL, "--data-dir", cifar_dir, "--output-dir", tmp_path / "parts", *flags, "--resume", "auto"]
+    for call, count in (("replace", 4), ("fsync", 7), ("replace", 5), ("fsync", 6), ("replace", 6)):
+        command = [sys.executable, "killed.py", ROOT, call, count, *arguments]
+        process = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+    run_train(tmp_path / "parts", *flags, "--resume", "auto")
+    assert_same(load(tmp_path / "whole" / "last.pt"), load(tmp_path / "parts" / "last.pt"))
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint(run_train, tmp_path):
+    run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "5", "--checkpoint-every", "2")
+    last, previous = tmp_path / "run" / "last.pt", tmp_path / "run" / "previous.pt"
+    assert load(last)["state"]["step"] == 5 and load(previous)["state"]["step"] == 4
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 4
+    last.write_bytes(content)
+    out = run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto", "--max-steps", "5")
+    assert "left aside" in out and "last.pt: damaged" in out and "previous.pt at step 4" in out
+    for path in (tmp_path / "run").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="no whole checkpoint is left"):
+        run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["model"].update({"fc.weight": c["model"]["fc.weight"] * torch.nan}),
+        lambda c: c["model"].pop("fc.weight"),
+        lambda c: c["state"].update(step=-1),
+        lambda c: c["state"].update(step="five"),
+        lambda c: c["state"].pop("sums"),
+        lambda c: c["state"].update(other=1),
+        lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)),
+        lambda c: c["optimizer"].update(param_groups=[]),
+        lambda c: c.update(optimizer=None),
+    ],
+)
+def test_a_changed_checkpoint_is_refused(run_train, tmp_path, change, trained):
+    checkpoint = load(trained)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "changed.pt")
+    with pytest.raises(SystemExit, match=r"train.py: \S*changed.pt: [^\n]*$"):
+        run_train(tmp_path / "run", "--epochs", "2", "--resume", str(tmp_path / "changed.pt"))
+
+
+@pytest.fixture(scope="module")
+def trained(cifar_dir, tmp_path_factory) -> Path:
+    """The last.pt of a run of three steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    process = start(cifar_dir, folder, "--epochs", "2", "--max-steps", "3")
+    assert process.wait() == 0, process.stdout.read()
+    return folder / "last.pt"
+
+
+def test_a_directory_in_use_is_refused(run_train, tmp_path):
+    lock = train.lock_output_dir(tmp_path)
+    with pytest.raises(SystemExit, match="in use by another run"):
+        run_train(tmp_path, "--epochs", "1")
+    lock.close()
+    run_train(tmp_path, "--epochs", "1", "--max-steps", "1")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(run_train, tmp_path, monkeypatch):
+    run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "2")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    write = train.write_atomic
+
+    def disk_full(path, content):
+        if path.suffix == ".pt":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(train, "write_atomic", disk_full)
+    with pytest.raises(SystemExit, match=r"^train.py: .*No space left on device.*--resume auto\.$"):
+        run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_training(run_train, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^train.py: .*file"):
+        run_train(tmp_path / "file" / "run")
+
+
+def test_a_worker_that_dies_is_named(run_train, tmp_path, monkeypatch):
+    def die(self, indices):
+        os._exit(1)
+
+    monkeypatch.setattr(train.datasets.ImageSet, "__getitems__", die)
+    monkeypatch.setattr(train.datasets, "load_data", lambda *args: small_data())
+    with pytest.raises(SystemExit, match=r"^train.py: DataLoader worker .*--resume auto.*--workers 0$"):
+        run_train(tmp_path / "run", "--epochs", "1", "--workers", "2")
+
+
+def small_data() -> train.datasets.Data:
+    images = train.datasets.ImageSet(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.arange(64) % 10)
+    names = tuple(f"class {i}" for i in range(10))
+    return train.datasets.Data(images, images, images, names, (0.5,) * 3, (0.25,) * 3)
+
+
+def test_out_of_memory_says_what_to_do():
+    args = train.parse_args([])
+    line = train.explain(torch.OutOfMemoryError("CUDA out of memory"), args)
+    assert "batch-size 256" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
+    with pytest.raises(RuntimeError, match="anything else"):
+        train.explain(RuntimeError("anything else"), args)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_saving(run_train, tmp_path, monkeypatch):
+    """The loss is finite, its gradient is not: the weights would be lost at the next save."""
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(torch.nan))
+    with pytest.raises(SystemExit, match="its gradient is not finite at step 1"):
+        run_train(tmp_path / "run", "--epochs", "1", "--checkpoint-every", "1")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_skipped_steps_of_fp16_are_bounded(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Accelerator, "optimizer_step_was_skipped", True)
+    with pytest.raises(SystemExit, match="21 steps in a row overflowed fp16"):
+        run_train(tmp_path / "run", "--epochs", "9", "--augment", "none")
