@@ -7,7 +7,9 @@ Model, class names and normalisation come from the checkpoint. Errors are fracti
 """
 
 import argparse
+import ctypes
 import json
+import os
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -148,6 +150,22 @@ def _fits(expected: torch.Tensor, found: object) -> bool:
     )
 
 
+def prepare_cpu(accelerator: Accelerator) -> None:
+    """On a CPU: all cores work, and two things that slow PyTorch down several times are switched off."""
+    if accelerator.device.type != "cpu":
+        return
+    # accelerate launch and torchrun set OMP_NUM_THREADS=1, which leaves all cores but one idle.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_flush_denormal(True)  # arithmetic on numbers under 1e-38 is many times slower
+    if sys.platform == "linux":  # glibc gives each freed tensor back to the system: a fifth of a step is page faults
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+            mallopt(m_trim_threshold, largest)
+            mallopt(m_mmap_threshold, largest)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Loss and error of a checkpoint.")
     parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
@@ -159,6 +177,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     accelerator = Accelerator()
+    prepare_cpu(accelerator)
     try:
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError(f"batch-size={args.batch_size}, workers={args.workers}: expected at least 1 and 0")

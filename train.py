@@ -16,7 +16,6 @@ run after the step it is in, with a checkpoint.
 
 import argparse
 import csv
-import ctypes
 import dataclasses
 import fcntl
 import io
@@ -42,7 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
 from data import BatchTransform, EpochBatches, seeded_generator
-from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, load_checkpoint
+from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, load_checkpoint, prepare_cpu
 from fishnet import create_model, model_names, zero_init_last
 
 # A recipe is a set of defaults; any flag overrides its own.
@@ -379,18 +378,19 @@ def train_epoch(run: Run) -> dict[str, float]:
             speed = (state.step - first) * args.batch_size / (time.perf_counter() - started)
             log_step(run, bar, result, lr, speed)
         stopped = run.stop.agreed(accelerator)
-        if stopped or state.step == end or (args.checkpoint_every and state.step % args.checkpoint_every == 0):
+        due = args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end
+        if stopped or due or state.step == end:
             require_finite(*before)
         if stopped:
             bar.close()
             save_and_exit(run, stopped)
-        if args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end:
+        if due:
             save(run, "last.pt")
     bar.close()
     seconds = time.perf_counter() - started
     loss, errors, images = accelerator.reduce(run.sums, "sum").tolist()
     return {
-        "epoch": state.epoch + 1, "step": state.step, "lr": lr,
+        "epoch": state.epoch + 1, "step": state.step, "lr": learning_rate(args, state.step - 1, steps),
         "train_loss": loss / images, "train_top1_error": errors / images,
         "images_per_second": (state.step - first) * args.batch_size / seconds, "seconds": seconds,
     }  # fmt: skip
@@ -466,7 +466,7 @@ def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Batches are global and split over the processes; on a CPU all cores work and freed memory is kept."""
+    """One whose batches are global and split over the processes."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -474,23 +474,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     accelerator.gradient_accumulation_steps = args.grad_accum_steps  # an argument would yield to the environment
     args.mixed_precision = accelerator.mixed_precision
-    if accelerator.device.type == "cpu":
-        # accelerate launch and torchrun set OMP_NUM_THREADS=1, which leaves all cores but one idle.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        torch.set_flush_denormal(True)  # arithmetic on numbers under 1e-38 is many times slower
-        keep_freed_memory()
+    prepare_cpu(accelerator)
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: else a fifth of a step goes into page faults of the same buffers again."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
-            mallopt(m_trim_threshold, largest)
-            mallopt(m_mmap_threshold, largest)
 
 
 def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:

@@ -1,6 +1,7 @@
 """train.py: what a run writes, that it continues exactly, that processes do not change it, that errors are one line."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -111,6 +112,21 @@ def test_resume_is_exact(run_train, tmp_path, steps):
     run_train(tmp_path / "parts", "--epochs", "3", "--max-steps", str(steps))
     out = run_train(tmp_path / "parts", "--epochs", "3", "--resume", "auto")
     assert f"at step {steps}, epoch {steps // 6 + 1}" in out
+    for name in ("last.pt", "best.pt"):
+        assert_same(load(tmp_path / "whole" / name), load(tmp_path / "parts" / name))
+
+
+@pytest.mark.parametrize("calls", [(1, 2, 3), (6, 1, 6)])  # one is asked after each step and each evaluation
+def test_resume_after_signals_is_exact(run_train, tmp_path, monkeypatch, calls):
+    run_train(tmp_path / "whole", "--epochs", "2")
+    for call in calls:
+        answers = itertools.chain([0] * (call - 1), [15])
+        monkeypatch.setattr(train.StopSignal, "agreed", lambda *_, answers=answers: next(answers))
+        with pytest.raises(SystemExit) as stop:
+            run_train(tmp_path / "parts", "--epochs", "2", "--resume", "auto")
+        assert stop.value.code == 143
+        monkeypatch.undo()
+    run_train(tmp_path / "parts", "--epochs", "2", "--resume", "auto")
     for name in ("last.pt", "best.pt"):
         assert_same(load(tmp_path / "whole" / name), load(tmp_path / "parts" / name))
 
