@@ -176,6 +176,7 @@ class Run:
     stop: "StopSignal"
     lock: TextIO | None  # on the main process: open as long as the run lives
     save_seconds: float = 0.0
+    skipped: int = 0  # steps in a row that fp16's loss scaler has skipped
 
     @property
     def steps_per_epoch(self) -> int:
@@ -261,7 +262,7 @@ def save(run: Run, name: str) -> None:
 
 def newest_checkpoint(run: Run) -> Path | None:
     """The newest whole checkpoint of the output directory; None: it has none. ValueError: all are damaged."""
-    paths = [run.output_dir / name for name in ("last.pt", "previous.pt", "best.pt")]
+    paths = [run.output_dir / name for name in ("last.pt", "previous.pt")]
     paths = [path for path in paths if path.exists()]
     steps = {}
     for path in paths:
@@ -288,6 +289,8 @@ def resume(run: Run, path: Path) -> None:
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
     try:
+        if checkpoint["state"].keys() != dataclasses.asdict(RunState()).keys():
+            raise ValueError("its numbers are not those of a RunState")
         state = RunState(**checkpoint["state"])
         sums = torch.tensor(state.sums, dtype=torch.float64).view(-1, 3)
         if not (0 <= state.epoch * run.steps_per_epoch <= state.step and len(state.history) >= state.epoch):
@@ -361,16 +364,16 @@ def train_epoch(run: Run) -> dict[str, float]:
     run.model.train()
     started = time.perf_counter()
     batches = iter(run.loader)
-    before, skipped = None, 0
+    before = None
     while state.step < end:
         lr = learning_rate(args, state.step, steps)
         result, norm = train_step(run, batches, lr)
-        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-        if skipped > MAX_SKIPPED:
-            raise FloatingPointError(f"{skipped} steps in a row overflowed fp16, to step {state.step + 1}")
+        run.skipped = run.skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if run.skipped > MAX_SKIPPED:
+            raise FloatingPointError(f"{run.skipped} steps in a row overflowed fp16, to step {state.step + 1}")
         if before:
             require_finite(*before)  # one step late: the device is at work on the next one already
-        before = result[0] if skipped else result[0] + norm, state.step, lr
+        before = result[0] if run.skipped else result[0] + norm, state.step, lr
         run.sums += result
         state.step += 1
         bar.update()
@@ -602,6 +605,9 @@ def main() -> None:
         sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
     except RuntimeError as error:
         sys.exit(f"train.py: {explain(error, args)}")
+    finally:
+        if run.lock:
+            run.lock.close()
     if run.writer:
         run.writer.close()
     best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")

@@ -72,7 +72,7 @@ if accelerator.is_main_process:
     open("results.json", "w").write(json.dumps(results))
 """
     (tmp_path / "script.py").write_text(script)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, *launch, "script.py"], cwd=tmp_path, env=environment, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()

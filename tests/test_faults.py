@@ -16,7 +16,7 @@ import train
 
 
 def start(cifar_dir: Path, output_dir: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     arguments = [*launch, "train.py", *SMALL, "--data-dir", cifar_dir, "--output-dir", output_dir, *flags]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
