@@ -1,6 +1,8 @@
 """A CIFAR-10 of 240 images in the official layout, and runs of train.py on it."""
 
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +38,24 @@ def fresh_accelerate():
 
 
 SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2", "--opt", "sgd", "--lr", "0.02"]
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def start_python(processes: int, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen:
+    """python ARGUMENTS on so many processes, on the CPU and on a free port; its output is on one pipe, stdout."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, (*launch, *arguments))],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def start_train(cifar_dir: Path, output_dir: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
+    """train.py on the small CIFAR in a process of its own, or in several."""
+    return start_python(processes, "train.py", *SMALL, "--data-dir", cifar_dir, "--output-dir", output_dir, *flags)
 
 
 @pytest.fixture

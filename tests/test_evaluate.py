@@ -1,8 +1,6 @@
 """evaluate.py: every image counted once, against numpy; checkpoints that are not ones; the command."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import ROOT, start_python
 from torch import nn
 
 import evaluate as evaluation
@@ -17,7 +16,6 @@ from data import BatchTransform, ImageSet
 from evaluate import evaluate, load_checkpoint, load_model
 from fishnet import create_model
 
-ROOT = Path(__file__).parent.parent
 SIZES, BATCHES = (1, 2, 7, 9, 999), (1, 3, 64)
 
 
@@ -72,10 +70,9 @@ if accelerator.is_main_process:
     open("results.json", "w").write(json.dumps(results))
 """
     (tmp_path / "script.py").write_text(script)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *launch, "script.py"], cwd=tmp_path, env=environment, capture_output=True)
-    assert run.returncode == 0, run.stderr.decode()
+    process = start_python(processes, "script.py", cwd=tmp_path)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
     for count, _, result in json.loads((tmp_path / "results.json").read_text()):
         expected = by_numpy(count)
         assert result[:5] == expected[:5]

@@ -9,18 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
-from test_train import ROOT, assert_same, load
+from conftest import ROOT, SMALL, start_train
+from test_train import assert_same, load
 
 import train
-
-
-def start(cifar_dir: Path, output_dir: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    arguments = [*launch, "train.py", *SMALL, "--data-dir", cifar_dir, "--output-dir", output_dir, *flags]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
@@ -32,7 +24,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
-    process = start(cifar_dir, tmp_path / "run", "--epochs", "1000")
+    process = start_train(cifar_dir, tmp_path / "run", "--epochs", "1000")
     wait_for(process, "steps an epoch")
     time.sleep(2)
     process.send_signal(number)
@@ -46,7 +38,7 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
 
 
 def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
-    process = start(cifar_dir, tmp_path / "run", "--epochs", "1000", processes=2)
+    process = start_train(cifar_dir, tmp_path / "run", "--epochs", "1000", processes=2)
     wait_for(process, "steps an epoch")
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
@@ -126,7 +118,7 @@ def test_a_changed_checkpoint_is_refused(run_train, tmp_path, change, trained):
 def trained(cifar_dir, tmp_path_factory) -> Path:
     """The last.pt of a run of three steps."""
     folder = tmp_path_factory.mktemp("trained")
-    process = start(cifar_dir, folder, "--epochs", "2", "--max-steps", "3")
+    process = start_train(cifar_dir, folder, "--epochs", "2", "--max-steps", "3")
     assert process.wait() == 0, process.stdout.read()
     return folder / "last.pt"
 

@@ -6,20 +6,16 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from evaluate import Metrics
-
-ROOT = Path(__file__).parent.parent
 
 
 def load(path: Path) -> dict:
@@ -216,13 +212,6 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
-def command(cifar_dir: Path, output_dir: Path, processes: int, *flags: str) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    arguments = [*launch, "train.py", *SMALL, "--data-dir", cifar_dir, "--output-dir", output_dir, *flags]
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_two_processes_train_like_one(cifar_dir, tmp_path, workers):
     """Batch norm is taken into account by accumulation: one process that cuts each batch in two parts normalises the
@@ -230,9 +219,10 @@ def test_two_processes_train_like_one(cifar_dir, tmp_path, workers):
     they are the first process's, while one process updates them twice a step. The steps are small: the last bits in
     which the sums differ grow tenfold a step at high learning rates, whatever computes them."""
     flags = ("--epochs", "4", "--max-steps", "20", "--workers", workers, "--lr", "5e-5", "--clip-grad", "1")
-    one = command(cifar_dir, tmp_path / "one", 1, *flags, "--grad-accum-steps", "2")
-    two = command(cifar_dir, tmp_path / "two", 2, *flags)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    for name, processes, more in (("one", 1, ("--grad-accum-steps", "2")), ("two", 2, ())):
+        process = start_train(cifar_dir, tmp_path / name, *flags, *more, processes=processes)
+        out = process.communicate()[0]
+        assert process.returncode == 0, out
     a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
     assert a["state"]["step"] == b["state"]["step"] == 20
     moved = 0.0
@@ -250,9 +240,8 @@ def test_two_processes_train_like_one(cifar_dir, tmp_path, workers):
         assert math.isclose(x["train_loss"], y["train_loss"], rel_tol=1e-4)
 
 
-def test_all_cores_work_in_spite_of_omp_num_threads(cifar_dir, tmp_path):
+def test_all_cores_work_in_spite_of_omp_num_threads():
     """accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU."""
     code = "import train, torch; train.make_accelerator(train.parse_args([])); print(torch.get_num_threads())"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert int(out.stdout) == len(os.sched_getaffinity(0)), out.stderr
+    out = start_python(1, "-c", code).communicate()[0]
+    assert int(out.split()[-1]) == len(os.sched_getaffinity(0)), out
