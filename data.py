@@ -228,7 +228,7 @@ def draw_shapes(count: int, seed: int) -> ImageSet:
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     angle = rng.uniform(0, 2 * np.pi, count)
-    radius = rng.uniform(6, 12, count)
+    radius = rng.uniform(9, 13, count)
     centre = rng.uniform(-1, 1, (2, count)) * (15 - radius) + 16
     background = rng.uniform(0, 1, (count, 3))
     colour = rng.uniform(0, 1, (count, 3))
@@ -246,7 +246,7 @@ def draw_shapes(count: int, seed: int) -> ImageSet:
             inside = _inside(SHAPES[label], cos * x + sin * y, cos * y - sin * x)  # (n, 64, 64)
             cover = inside.reshape(-1, 32, 2, 32, 2).mean((2, 4), dtype=np.float32)[:, None]
             image = background[index, :, None, None] * (1 - cover) + colour[index, :, None, None] * cover
-            noise = rng.standard_normal(image.shape, np.float32) * 0.08
+            noise = rng.standard_normal(image.shape, np.float32) * 0.06
             images[index] = np.clip((image + noise) * 255, 0, 255).round()
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 

@@ -423,7 +423,7 @@ CONFIGS = {
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),
     # Ours, for two CPU cores: a quarter of the pixels. The widths hardly grow: M works in a quarter of its output's
     # width, so a stem of 16 would pass all it knows of an image through 4 channels.
-    "fishnet_tiny": FishNetConfig(channels=(64, 64, 64, 96), tail_depths=(2, 2, 2, 1), stem_stride=2, final_norm=True),
+    "fishnet_tiny": FishNetConfig(channels=(48, 48, 64, 96), tail_depths=(1, 2, 2, 1), stem_stride=2, final_norm=True),
 }
 
 

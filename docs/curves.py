@@ -1,45 +1,74 @@
 """Curves of one or more runs, from the metrics.csv that train.py writes.
 
-    pip install matplotlib                       # for this picture alone
-    python docs/curves.py OUT.png NAME=runs/a/metrics.csv [NAME=runs/b/metrics.csv ...]
+    pip install matplotlib    # for this picture alone
+    python docs/curves.py OUT.png runs/a/metrics.csv [runs/b/metrics.csv ...]
+    python docs/curves.py OUT.png FishNet-99=runs/a/metrics.csv "the tail alone=runs/b/metrics.csv"
 
-Draws loss and top-1 error by epoch, training dashed, validation solid, a colour for each run.
+Draws loss and top-1 error (per cent) by epoch, side by side: training dashed, validation solid, a colour for each run.
+A run goes by its label, LABEL=path, or else by its folder's name. An epoch without validation has no solid point.
 """
 
+import argparse
 import csv
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+Curves = dict[str, list[tuple[int, float]]]  # points (epoch, value) by column
+PANELS = (("loss", "loss", 1), ("top1_error", "top-1 error, %", 100))  # a column without train_ or val_, title, factor
+SPLITS = (("train", "training", "--"), ("val", "validation", "-"))
 
 
-def draw(out: str, runs: dict[str, Path]) -> None:
-    """One picture with two panels. OSError or KeyError: a file is missing or no metrics.csv."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for colour, (name, path) in enumerate(runs.items()):
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        epochs = [int(row["epoch"]) for row in rows]
-        for panel, column, scale in ((panels[0], "loss", 1), (panels[1], "top1_error", 100)):
-            for split, style in (("train", "--"), ("val", "-")):
-                if f"{split}_{column}" in rows[0]:
-                    values = [scale * float(row[f"{split}_{column}"]) for row in rows]
-                    panel.plot(epochs, values, style, color=f"C{colour}", label=f"{name}, {split}")
-    for panel, title in zip(panels, ("loss", "top-1 error, %")):
+def parse_run(argument: str) -> tuple[str, Path]:
+    """(label, path) of "LABEL=path" or "path"."""
+    label, equals, path = argument.partition("=")
+    return (label, Path(path)) if equals else (Path(argument).resolve().parent.name, Path(argument))
+
+
+def read_curves(path: Path) -> Curves:
+    """OSError, ValueError, csv.Error: no file, or no metrics.csv."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not all(row.get(name) for row in rows for name in ("epoch", "train_loss", "train_top1_error")):
+        raise ValueError("expected rows with epoch, train_loss and train_top1_error, as train.py writes them")
+    columns = [f"{split}_{column}" for split, _, _ in SPLITS for column, _, _ in PANELS]
+    return {name: [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)] for name in columns}
+
+
+def draw(out: Path, runs: list[tuple[str, Curves]]) -> None:
+    """OSError, ValueError: the picture cannot be written there, or not in the format of that name."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for panel, (column, title, factor) in zip(axes, PANELS):
+        for i, (label, curves) in enumerate(runs):
+            for split, word, style in SPLITS:
+                if points := curves[f"{split}_{column}"]:
+                    epochs, values = zip(*points)
+                    values = [factor * value for value in values]
+                    panel.plot(epochs, values, f".{style}", markersize=4, color=f"C{i}", label=f"{label}, {word}")
         panel.set(title=title, xlabel="epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
-    panels[1].legend()
-    figure.savefig(out, dpi=110)
+    axes[1].legend()
+    figure.savefig(out, dpi=150)
 
 
 def main() -> None:
-    if len(sys.argv) < 3 or not all("=" in run for run in sys.argv[2:]):
-        sys.exit(__doc__)
-    runs = {name: Path(path) for name, path in (run.split("=", 1) for run in sys.argv[2:])}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT.png", type=Path)
+    parser.add_argument("runs", metavar="[LABEL=]metrics.csv", nargs="+", type=parse_run)
+    args = parser.parse_args()
+    runs = []
+    for label, path in args.runs:
+        try:
+            runs.append((label, read_curves(path)))
+        except (OSError, ValueError, csv.Error) as error:
+            sys.exit(f"{path}: {getattr(error, 'strerror', None) or error}")
     try:
-        draw(sys.argv[1], runs)
-    except (OSError, KeyError, IndexError, ValueError) as error:
-        sys.exit(f"curves.py: {error!r}: expected metrics.csv files of train.py")
+        draw(args.out, runs)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.out}: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":
