@@ -197,16 +197,27 @@ def main() -> None:
 
     transform = BatchTransform(checkpoint["mean"], checkpoint["std"])
     m = evaluate(accelerator, model, images, transform, len(data.classes), args.batch_size, args.workers)
-    if not accelerator.is_main_process:
-        return
-    if args.json:
+    if accelerator.is_main_process:
+        print_metrics(m, checkpoint["name"], args.split, dataset, data.classes, args.json)
+    leave(accelerator)
+
+
+def print_metrics(m: Metrics, model: str, split: str, dataset: str, classes: tuple[str, ...], as_json: bool) -> None:
+    """One JSON object, or a table."""
+    if as_json:
         result = {"top1_error": m.top1_error, "top5_error": m.top5_error, "loss": m.loss, "images": m.images}
-        print(json.dumps(result | {"class_errors": dict(zip(data.classes, m.class_errors))}))
+        print(json.dumps(result | {"class_errors": dict(zip(classes, m.class_errors))}))
         return
-    print(f"{checkpoint['name']} on {m.images} {args.split} images of {dataset}")
+    print(f"{model} on {m.images} {split} images of {dataset}")
     print(f"loss {m.loss:.4f}   top-1 error {m.top1_error:.2%}   top-5 error {m.top5_error:.2%}")
-    for name, error, count in zip(data.classes, m.class_errors, m.class_images):
+    for name, error, count in zip(classes, m.class_errors, m.class_images):
         print(f"  {name:<20.20} {error:7.2%}  of {count}")
+
+
+def leave(accelerator: Accelerator) -> None:
+    """The end of a program on any number of processes: one that goes while others still talk to it makes them abort."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

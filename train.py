@@ -41,7 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
 from data import BatchTransform, EpochBatches, seeded_generator
-from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, load_checkpoint, prepare_cpu
+from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, leave, load_checkpoint, prepare_cpu
 from fishnet import create_model, model_names, zero_init_last
 
 # A recipe is a set of defaults; any flag overrides its own.
@@ -407,6 +407,7 @@ def require_finite(value: Tensor, step: int, lr: float) -> None:
 def save_and_exit(run: Run, number: int) -> None:
     save(run, "last.pt")
     run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; go on with --resume auto")
+    leave(run.accelerator)
     sys.exit(128 + number)
 
 
@@ -615,7 +616,7 @@ def main() -> None:
         f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time\n"
         f"python evaluate.py {run.output_dir}/best.pt"
     )
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def explain(error: RuntimeError, args: argparse.Namespace) -> str:

@@ -68,6 +68,7 @@ assert accelerator.num_processes == {processes}
 results = [[n, b, counted(accelerator, n, b)] for n in SIZES for b in BATCHES]
 if accelerator.is_main_process:
     open("results.json", "w").write(json.dumps(results))
+evaluation.leave(accelerator)
 """
     (tmp_path / "script.py").write_text(script)
     process = start_python(processes, "script.py", cwd=tmp_path)
