@@ -126,6 +126,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def load_model(checkpoint: dict) -> nn.Module:
     """The checkpoint's model with its weights. ValueError: they do not fit, or are not finite."""
+    if checkpoint["config"].get("num_classes") != len(checkpoint["classes"]) or "name" in checkpoint["config"]:
+        raise ValueError(f"checkpoint: its config does not fit its {len(checkpoint['classes'])} classes")
     model = create_model(checkpoint["name"], **checkpoint["config"])
     check_weights(model, checkpoint["model"], "checkpoint")
     model.load_state_dict(checkpoint["model"])
@@ -154,9 +156,9 @@ def prepare_cpu(accelerator: Accelerator) -> None:
     """On a CPU: all cores work, and two things that slow PyTorch down several times are switched off."""
     if accelerator.device.type != "cpu":
         return
-    # accelerate launch and torchrun set OMP_NUM_THREADS=1, which leaves all cores but one idle.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # set by accelerate launch and torchrun: it leaves cores idle
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     torch.set_flush_denormal(True)  # arithmetic on numbers under 1e-38 is many times slower
     if sys.platform == "linux":  # glibc gives each freed tensor back to the system: a fifth of a step is page faults
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -194,6 +194,8 @@ def channel_plan(channels: tuple[int, int, int, int], k: int) -> tuple[tuple[int
     A body stage leaves (trunk + skip) / k, a head stage trunk + skip; so the classifier sees trunk[6] + skip[6].
     ValueError: k does not divide the width of a body stage, or leaves too few channels for a bottleneck.
     """
+    if k < 1:
+        raise ValueError(f"k={k}: expected an integer of at least 1")
     c1, c2, c3, c4 = channels
     trunk = [c4]
     for stage, skip in (("B4", c4), ("B3", c3), ("B2", c2)):
@@ -236,8 +238,9 @@ class FishNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("channels", "tail_depths", "body_depths", "head_depths"):
-            object.__setattr__(self, name, tuple(getattr(self, name)) if _is_list(getattr(self, name)) else None or
-                               self._refuse(name, "a list of integers"))
+            if not isinstance(getattr(self, name), (list, tuple)):
+                self._refuse(name, "a list of integers")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         tail_only = self.body_depths == self.head_depths == ()
         self._check_integers("channels", 4, minimum=4)
         if self.channels[3] < 16:
@@ -275,10 +278,6 @@ class FishNetConfig:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -375,7 +374,7 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
         first = nn.Conv2d(config.in_channels, c1, 3, stride=stride, padding=1, bias=False)
         return nn.Sequential(first, bottleneck(c1, c1, True), bottleneck(c1, c1, True))
     first = bottleneck(config.in_channels, c1, False)
-    first.conv1.stride = (stride, stride)
+    first.conv2.stride = (stride, stride)
     return nn.Sequential(first, bottleneck(c1, c1, False))
 
 

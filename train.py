@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, tqdm
+from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -107,13 +107,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="of weights, split, order and augmentation")
     group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate launch says")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>")
+    group.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>, or that of --resume PATH")
     group.add_argument("--checkpoint-every", type=int, default=0, help="steps between saves of last.pt inside an epoch")
     group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
     group.add_argument("--override", action="store_true", help="resume though flags changed that the result depends on")
     group.add_argument("--log-every", type=int, default=10, help="steps between TensorBoard points")
-    recipe = parser.parse_known_args(argv)[0].recipe
-    parser.set_defaults(**RECIPES[recipe])
+    first = argparse.ArgumentParser(add_help=False)  # so that --help shows the defaults of the recipe
+    first.add_argument("--recipe", default="baseline")
+    parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
     return parser.parse_args(argv)
 
 
@@ -126,6 +127,10 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for name, minimum in least.items():
         if not minimum <= getattr(args, name) < math.inf:
             raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)}: expected at least {minimum}")
+    if args.warmup_epochs >= args.epochs:
+        raise ValueError(f"warmup-epochs={args.warmup_epochs}: expected less than epochs={args.epochs}")
+    if args.seed >= 2**63:
+        raise ValueError(f"seed={args.seed}: expected less than 2**63")
     if not 0 <= args.smoothing < 1:
         raise ValueError(f"smoothing={args.smoothing}: expected 0 <= smoothing < 1")
     parts = processes * args.grad_accum_steps
@@ -260,19 +265,25 @@ def save(run: Run, name: str) -> None:
     run.save_seconds += time.perf_counter() - started
 
 
-def newest_checkpoint(run: Run) -> Path | None:
-    """The newest whole checkpoint of the output directory; None: it has none. ValueError: all are damaged."""
-    paths = [run.output_dir / name for name in ("last.pt", "previous.pt")]
-    paths = [path for path in paths if path.exists()]
-    steps = {}
-    for path in paths:
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder; None: it has none. ValueError: all are damaged.
+
+    A damaged one is renamed, so that the next save does not put it in the place of a whole one.
+    """
+    damaged = False
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if not path.exists():
+            continue
         try:
-            steps[path] = load_checkpoint(path)["state"]["step"]
-        except (ValueError, KeyError) as error:
-            run.accelerator.print(f"left aside: {error}")
-    if paths and not steps:
-        raise ValueError(f"resume=auto: no whole checkpoint is left in {run.output_dir}; move them away to start anew")
-    return max(steps, key=steps.get, default=None)
+            load_checkpoint(path)
+            return path
+        except ValueError as error:
+            damaged = True
+            path.replace(path.with_name(path.name + ".damaged"))
+            print(f"left aside as {path.name}.damaged: {error}", flush=True)
+    if damaged:
+        raise ValueError(f"resume=auto: no whole checkpoint is left in {folder}; take another folder to start anew")
+    return None
 
 
 def resume(run: Run, path: Path) -> None:
@@ -285,6 +296,8 @@ def resume(run: Run, path: Path) -> None:
     ]
     if changed and not run.args.override:
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, or --override")
+    if checkpoint["args"].get("opt") != run.args.opt:
+        raise ValueError(f"{path}: its optimizer is {checkpoint['args'].get('opt')}, and --override cannot change that")
     model = run.accelerator.unwrap_model(run.model)
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
@@ -293,9 +306,17 @@ def resume(run: Run, path: Path) -> None:
             raise ValueError("its numbers are not those of a RunState")
         state = RunState(**checkpoint["state"])
         sums = torch.tensor(state.sums, dtype=torch.float64).view(-1, 3)
-        if not (0 <= state.epoch * run.steps_per_epoch <= state.step and len(state.history) >= state.epoch):
-            raise ValueError(f"epoch {state.epoch}, step {state.step} and {len(state.history)} rows do not agree")
+        if [type(n) for n in (state.step, state.epoch, state.best_epoch, state.best_loss)] != [int, int, int, float]:
+            raise ValueError("its numbers are not those of a RunState")
+        steps = run.steps_per_epoch
+        if not (0 <= state.epoch * steps <= state.step <= (state.epoch + 1) * steps):
+            raise ValueError(f"step {state.step} is not in epoch {state.epoch + 1} at {steps} steps an epoch")
+        if len(state.history) != state.epoch or not all(isinstance(row, dict) for row in state.history):
+            raise ValueError(f"{state.epoch} epochs and {len(state.history)} rows do not agree")
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
         run.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, new in zip(run.optimizer.param_groups, groups):
+            group.update(new)  # the flags', not the checkpoint's: they differ with --override
         for parameter, values in run.optimizer.state.items():
             for value in values.values():
                 if value is None:
@@ -305,7 +326,7 @@ def resume(run: Run, path: Path) -> None:
         if run.accelerator.scaler and checkpoint["scaler"]:
             run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
     except Exception as error:  # what a changed file holds can be anything
-        raise ValueError(f"{path}: its state is damaged ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: its state does not fit ({str(error).partition(chr(10))[0]})") from None
     run.state = state
     if len(sums) == run.accelerator.num_processes:
         run.sums.copy_(sums[run.accelerator.process_index])
@@ -386,7 +407,8 @@ def train_epoch(run: Run) -> dict[str, float]:
             require_finite(*before)
         if stopped:
             bar.close()
-            save_and_exit(run, stopped)
+            save(run, "last.pt")
+            leave_on_signal(run, stopped)
         if due:
             save(run, "last.pt")
     bar.close()
@@ -404,8 +426,7 @@ def require_finite(value: Tensor, step: int, lr: float) -> None:
         raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1}, learning rate {lr:g}")
 
 
-def save_and_exit(run: Run, number: int) -> None:
-    save(run, "last.pt")
+def leave_on_signal(run: Run, number: int) -> None:
     run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; go on with --resume auto")
     leave(run.accelerator)
     sys.exit(128 + number)
@@ -460,7 +481,8 @@ def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
     print(f"{line}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s", flush=True)
     run.writer.flush()
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, run.state.history[0])
+    columns = dict.fromkeys(name for row in run.state.history for name in row)
+    table = csv.DictWriter(text, list(columns))
     table.writeheader()
     table.writerows(run.state.history)
     write_atomic(run.output_dir / "metrics.csv", text.getvalue().encode())
@@ -484,10 +506,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     """The run's folder, the same on all processes. ValueError: it holds a run that --resume does not continue."""
-    name = [args.output_dir or f"runs/{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    folder = Path(broadcast_object_list(name)[0])
+    name = args.output_dir or f"runs/{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if args.resume and not args.output_dir:
+        name = str(Path(args.resume).parent)
+    folder = Path(broadcast_object_list([name])[0])
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "last.pt").exists() and not args.resume:
+    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
+    if not goes_on and any((folder / name).exists() for name in ("last.pt", "previous.pt")):
         raise ValueError(f"output-dir={folder}: holds a run; go on with --resume auto, or take another folder")
     return folder
 
@@ -500,6 +525,12 @@ def lock_output_dir(folder: Path) -> TextIO:
     except BlockingIOError:
         raise ValueError(f"output-dir={folder}: in use by another run") from None
     return file
+
+
+def ignore_signals(worker: int) -> None:
+    """A data worker outlives a signal to its process group: the main process still needs it for the step it is in."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -524,8 +555,10 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     transforms = datasets.train_transforms(args.augment, data.train.images)
     transform = BatchTransform(data.mean, data.std, transforms)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
-    loader = DataLoader(data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
-                        pin_memory=accelerator.device.type == "cuda")
+    loader = DataLoader(
+        data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_signals,
+    )  # fmt: skip
 
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=len(data.classes)).to(memory_format=torch.channels_last)
@@ -540,7 +573,9 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
         args, accelerator, output_dir, data, model, optimizer, sampler, loader, transform, None, RunState(), sums, stop,
         lock,
     )  # fmt: skip
-    path = newest_checkpoint(run) if args.resume == "auto" else args.resume
+    path = args.resume
+    if path == "auto":  # the main process chooses, since it may also rename
+        path = broadcast_object_list([newest_checkpoint(output_dir) if accelerator.is_main_process else None])[0]
     if path:
         resume(run, Path(path))
     if accelerator.is_main_process:
@@ -559,6 +594,7 @@ def run_epochs(run: Run) -> None:
     """Train, evaluate, log, save, until the run is finished."""
     state, data = run.state, run.data
     clean = BatchTransform(data.mean, data.std)
+    batch_size = run.args.batch_size // run.args.grad_accum_steps // run.accelerator.num_processes
     while not finished(run):
         row = train_epoch(run)
         whole = state.step == (state.epoch + 1) * run.steps_per_epoch
@@ -568,16 +604,22 @@ def run_epochs(run: Run) -> None:
         run.sums.zero_()
         val = None
         if len(data.val):
-            val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes), workers=run.args.workers)
+            for buffer in run.model.buffers():
+                broadcast(buffer)  # batch norm's statistics are each process's own: all judge the model that is saved
+            val = evaluate(
+                run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers
+            )
+            if not math.isfinite(val.loss):
+                raise FloatingPointError(f"the validation loss is not finite after step {state.step}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
         log_epoch(run, row, val)
-        if not val or val.loss < state.best_loss:
+        if (whole or not state.best_epoch) and (not val or val.loss < state.best_loss):
             state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
             save(run, "best.pt")
         if whole:
             save(run, "last.pt")
         if number := run.stop.agreed(run.accelerator):
-            save_and_exit(run, number)
+            leave_on_signal(run, number)  # all is saved
 
 
 def main() -> None:

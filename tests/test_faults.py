@@ -30,7 +30,7 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
     process.send_signal(number)
     process.send_signal(number)  # an impatient user
     began = time.perf_counter()
-    out = process.communicate()[0]
+    out = process.communicate(timeout=60)[0]
     assert time.perf_counter() - began < 10
     assert process.returncode == code and "Traceback" not in out
     step = load(tmp_path / "run" / "last.pt")["state"]["step"]

@@ -71,8 +71,8 @@ def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, fi
             x = conv(norm(x).relu(), out // 4)
             x = conv(norm(x).relu(), out // 4, 3, dilation)
             return conv(norm(x).relu(), out)
-        x = norm(conv(x, out // 4, stride=stride)).relu()
-        x = norm(conv(x, out // 4, 3, dilation)).relu()
+        x = norm(conv(x, out // 4)).relu()
+        x = norm(conv(x, out // 4, 3, dilation, stride)).relu()
         return norm(conv(x, out))
 
     def units(x, out, depth, dilation=1):
