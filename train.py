@@ -313,7 +313,7 @@ def resume(run: Run, path: Path) -> None:
             raise ValueError(f"step {state.step} is not in epoch {state.epoch + 1} at {steps} steps an epoch")
         if len(state.history) != state.epoch or not all(isinstance(row, dict) for row in state.history):
             raise ValueError(f"{state.epoch} epochs and {len(state.history)} rows do not agree")
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+        groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in run.optimizer.param_groups]
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, new in zip(run.optimizer.param_groups, groups):
             group.update(new)  # the flags', not the checkpoint's: they differ with --override

@@ -136,6 +136,22 @@ def test_resume_of_another_run_is_refused(run_train, tmp_path):
     assert load(tmp_path / "run" / "last.pt")["state"]["step"] == 3
 
 
+def test_override_takes_the_new_flags_and_refuses_another_optimizer(run_train, tmp_path):
+    run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "2")
+    flags = ("--epochs", "2", "--resume", "auto", "--max-steps", "3", "--override")
+    with pytest.raises(SystemExit, match="its optimizer is sgd, and --override cannot change that"):
+        run_train(tmp_path / "run", *flags, "--opt", "adam")
+    run_train(tmp_path / "run", *flags, "--weight-decay", "0.125")
+    assert load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.125
+
+
+def test_resume_does_not_write_over_another_run(run_train, tmp_path):
+    for name in ("a", "b"):
+        run_train(tmp_path / name, "--epochs", "2", "--max-steps", "1")
+    with pytest.raises(SystemExit, match="b: holds a run"):
+        run_train(tmp_path / "b", "--epochs", "2", "--resume", str(tmp_path / "a" / "last.pt"))
+
+
 def test_checkpoint_inside_an_epoch(run_train, tmp_path, monkeypatch):
     saved = []
     save = train.save
