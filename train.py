@@ -633,10 +633,10 @@ def main() -> None:
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     accelerator.print(
-        f"{args.model}, {parameters:,} parameters, on {args.dataset}: {len(data.train)} images to train, "
-        f"{len(data.val)} to validate\n"
+        f"{args.model}, {parameters:,} parameters; {args.dataset}, {len(data.train)} training and {len(data.val)} "
+        f"validation images\n"
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.mixed_precision}, "
-        f"{run.steps_per_epoch} steps an epoch; writes to {run.output_dir}"
+        f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}"
     )
     started = time.perf_counter()
     stop.training = True
