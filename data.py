@@ -16,6 +16,7 @@ import pickle
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -214,6 +215,39 @@ def _download(facts: CifarFacts, data_dir: Path) -> None:
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+# ---------------------------------------------------------------------------------------------------- image files
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 64 * 2**20
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file as its viewer shows it: uint8 RGB (3, H, W). ValueError, naming the file: it cannot be read.
+
+    The first frame of an animation, turned as EXIF says; 16-bit grey is scaled to 8 bits; transparent pixels lie on
+    white; CMYK, palettes and other colours become RGB by Pillow's formulas, without colour profiles. Refused: formats
+    other than IMAGE_FORMATS, more than MAX_PIXELS, floating point and 32-bit values, which have no agreed white.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as image:
+            warnings.simplefilter("ignore")  # broken metadata: what matters is whether the pixels can be read
+            if image.width * image.height > MAX_PIXELS:  # before the decoder asks for the memory
+                raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image).astype(np.uint16) / 257).round().astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of Pillow's mode {image.mode}, expected 8 or 16 bits")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return TF.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # decoders raise many kinds for damaged files
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 # --------------------------------------------------------------------------------------------------------- shapes

@@ -103,6 +103,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("torch.save does not compress; a small file that does can fill the memory")
             damaged = archive.testzip()  # torch.load does not verify the checksums
         if damaged is not None:
             raise ValueError(f"{damaged} in it fails its checksum")

@@ -14,7 +14,13 @@ and the few numbers of `RunState`; and a global batch means the same on one proc
 run after the step it is in, with a checkpoint.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C in them is no traceback
+
 import argparse
+import ast
 import csv
 import dataclasses
 import fcntl
@@ -22,7 +28,6 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -50,17 +55,18 @@ RECIPES = {
     "baseline": dict(
         dataset="cifar10", model="fishnet99", val_fraction=0.2, augment="slides", epochs=100, batch_size=256,
         opt="adam", lr=1e-2, weight_decay=1e-4, sched="step", warmup_epochs=0, smoothing=0.0, patience=20,
-        zero_init_last=False,
+        zero_init_last=False, model_args={},
     ),
+    # final_norm: the slides' pooled features reach a squared norm of 10^4 and more, where SGD at 0.1 diverges.
     "strong": dict(
         dataset="cifar10", model="fishnet99", val_fraction=0.1, augment="standard", epochs=30, batch_size=128,
-        opt="adamw", lr=4e-3, weight_decay=0.05, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
-        zero_init_last=True,
+        opt="sgd", lr=0.1, weight_decay=5e-4, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
+        zero_init_last=True, model_args={"final_norm": True},
     ),
     "demo": dict(
         dataset="shapes", model="fishnet_tiny", val_fraction=0.2, augment="none", epochs=5, batch_size=64,
         opt="sgd", lr=0.1, weight_decay=5e-4, sched="cosine", warmup_epochs=0.5, smoothing=0.0, patience=0,
-        zero_init_last=True,
+        zero_init_last=True, model_args={},
     ),
 }  # fmt: skip
 
@@ -68,10 +74,26 @@ MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves t
 
 # What a run's result depends on: a resumed run must agree in them.
 FIXED = (
-    "dataset", "val_fraction", "augment", "model", "zero_init_last", "epochs", "batch_size", "grad_accum_steps",
-    "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad", "seed",
-    "mixed_precision",
+    "dataset", "val_fraction", "augment", "model", "model_args", "zero_init_last", "epochs", "batch_size",
+    "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad",
+    "seed", "mixed_precision",
 )  # fmt: skip
+
+
+class ModelArgs(argparse.Action):
+    """FIELD=VALUE ... with values in Python's notation, added to the recipe's."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], option: str
+    ) -> None:
+        fields = dict(getattr(namespace, self.dest))
+        for text in values:
+            name, _, value = text.partition("=")
+            try:
+                fields[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                fields[name] = value  # a word; FishNetConfig says whether it is one that it knows
+        setattr(namespace, self.dest, fields)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,6 +110,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=model_names(), help="which network")
+    group.add_argument(
+        "--model-args", nargs="+", action=ModelArgs, metavar="FIELD=VALUE",
+        help="fields of FishNetConfig besides the recipe's, such as k=4 preact=False",
+    )  # fmt: skip
     group.add_argument("--zero-init-last", action=argparse.BooleanOptionalAction, help="start units as their shortcuts")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, help="length of the learning rate schedule")
@@ -143,6 +169,8 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise ValueError(f"batch-size={args.batch_size}: expected at least 2 images a process and step for batch norm")
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed-precision=fp16: a CPU has none, use bf16 or no")
+    if "num_classes" in args.model_args:
+        raise ValueError("model-args num_classes: is the dataset's number of classes")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("resume=auto: expected --output-dir, the run to go on with")
 
@@ -175,11 +203,11 @@ class Run:
     sampler: EpochBatches
     loader: DataLoader
     transform: BatchTransform
-    writer: SummaryWriter | None  # on the main process
-    state: RunState
     sums: Tensor  # (3,) this process's part of state.sums, on the device
     stop: "StopSignal"
     lock: TextIO | None  # on the main process: open as long as the run lives
+    writer: SummaryWriter | None = None  # on the main process
+    state: RunState = dataclasses.field(default_factory=RunState)
     save_seconds: float = 0.0
     skipped: int = 0  # steps in a row that fp16's loss scaler has skipped
 
@@ -220,16 +248,16 @@ class StopSignal:
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all: the old one stays until the new one is on the disk."""
+def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
+    """Write a file whole or not at all: the old one stays until the new one is on the disk, then as `keep_as`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if path.name == "last.pt" and path.exists():
-            os.replace(path, path.with_name("previous.pt"))
+        if keep_as and path.exists():
+            os.replace(path, keep_as)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)  # it fills a full disk
@@ -261,7 +289,8 @@ def save(run: Run, name: str) -> None:
     }
     buffer = io.BytesIO()  # so that a full disk is an OSError here, not an error inside torch's own writer
     torch.save(checkpoint, buffer)
-    write_atomic(run.output_dir / name, buffer.getbuffer())
+    keep_as = run.output_dir / "previous.pt" if name == "last.pt" else None
+    write_atomic(run.output_dir / name, buffer.getbuffer(), keep_as)
     run.save_seconds += time.perf_counter() - started
 
 
@@ -302,37 +331,43 @@ def resume(run: Run, path: Path) -> None:
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
     try:
-        if checkpoint["state"].keys() != dataclasses.asdict(RunState()).keys():
-            raise ValueError("its numbers are not those of a RunState")
-        state = RunState(**checkpoint["state"])
-        sums = torch.tensor(state.sums, dtype=torch.float64).view(-1, 3)
-        if [type(n) for n in (state.step, state.epoch, state.best_epoch, state.best_loss)] != [int, int, int, float]:
-            raise ValueError("its numbers are not those of a RunState")
-        steps = run.steps_per_epoch
-        if not (0 <= state.epoch * steps <= state.step <= (state.epoch + 1) * steps):
-            raise ValueError(f"step {state.step} is not in epoch {state.epoch + 1} at {steps} steps an epoch")
-        if len(state.history) != state.epoch or not all(isinstance(row, dict) for row in state.history):
-            raise ValueError(f"{state.epoch} epochs and {len(state.history)} rows do not agree")
-        groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in run.optimizer.param_groups]
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, new in zip(run.optimizer.param_groups, groups):
-            group.update(new)  # the flags', not the checkpoint's: they differ with --override
-        for parameter, values in run.optimizer.state.items():
-            for value in values.values():
-                if value is None:
-                    continue  # SGD's momentum before the first step
-                if value.shape not in ((), parameter.shape) or not value.isfinite().all():
-                    raise ValueError("a tensor of the optimizer does not fit or is not finite")
-        if run.accelerator.scaler and checkpoint["scaler"]:
-            run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
+        sums = load_state(run, checkpoint)
     except Exception as error:  # what a changed file holds can be anything
         raise ValueError(f"{path}: its state does not fit ({str(error).partition(chr(10))[0]})") from None
-    run.state = state
     if len(sums) == run.accelerator.num_processes:
         run.sums.copy_(sums[run.accelerator.process_index])
     elif run.accelerator.is_main_process:
         run.sums.copy_(sums.sum(0))
     run.accelerator.print(f"resumed {path} at step {run.state.step}, epoch {run.state.epoch + 1}")
+
+
+def load_state(run: Run, checkpoint: dict) -> Tensor:
+    """Optimizer, scaler and RunState of a checkpoint, checked; returns its sums (processes, 3). ValueError: no fit."""
+    if checkpoint["state"].keys() != dataclasses.asdict(run.state).keys():
+        raise ValueError("its numbers are not those of a RunState")
+    state = RunState(**checkpoint["state"])
+    sums = torch.tensor(state.sums, dtype=torch.float64).view(-1, 3)
+    if [type(n) for n in (state.step, state.epoch, state.best_epoch, state.best_loss)] != [int, int, int, float]:
+        raise ValueError("its numbers are not those of a RunState")
+    steps = run.steps_per_epoch
+    if not 0 <= state.epoch * steps <= state.step <= (state.epoch + 1) * steps:
+        raise ValueError(f"step {state.step} is not in epoch {state.epoch + 1} at {steps} steps an epoch")
+    if len(state.history) != state.epoch or not all(isinstance(row, dict) for row in state.history):
+        raise ValueError(f"{state.epoch} epochs and {len(state.history)} rows do not agree")
+    groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, new in zip(run.optimizer.param_groups, groups):
+        group.update(new)  # the flags', not the checkpoint's: they differ with --override
+    for parameter, values in run.optimizer.state.items():
+        for value in values.values():
+            if value is None:
+                continue  # SGD's momentum before the first step
+            if value.shape not in ((), parameter.shape) or not value.isfinite().all():
+                raise ValueError("a tensor of the optimizer does not fit or is not finite")
+    if run.accelerator.scaler and checkpoint["scaler"]:
+        run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
+    run.state = state
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -518,11 +553,11 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
 
 
 def lock_output_dir(folder: Path) -> TextIO:
-    """Held as long as the file is open: it dies with its process. ValueError: another run has it."""
+    """Held by this process, not by the data workers that it forks, until it ends. ValueError: another run has it."""
     file = (folder / ".lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"output-dir={folder}: in use by another run") from None
     return file
 
@@ -561,7 +596,8 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     )  # fmt: skip
 
     torch.manual_seed(args.seed)
-    model = create_model(args.model, num_classes=len(data.classes)).to(memory_format=torch.channels_last)
+    model = create_model(args.model, num_classes=len(data.classes), **args.model_args)
+    model = model.to(memory_format=torch.channels_last)
     if args.zero_init_last:
         zero_init_last(model)
     if args.compile:
@@ -570,8 +606,8 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
 
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     run = Run(
-        args, accelerator, output_dir, data, model, optimizer, sampler, loader, transform, None, RunState(), sums, stop,
-        lock,
+        args=args, accelerator=accelerator, output_dir=output_dir, data=data, model=model, optimizer=optimizer,
+        sampler=sampler, loader=loader, transform=transform, sums=sums, stop=stop, lock=lock,
     )  # fmt: skip
     path = args.resume
     if path == "auto":  # the main process chooses, since it may also rename

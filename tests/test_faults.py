@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, start_train
+from conftest import ROOT, SMALL, start_python, start_train
 from test_train import assert_same, load
 
 import train
@@ -124,10 +124,13 @@ def trained(cifar_dir, tmp_path_factory) -> Path:
 
 
 def test_a_directory_in_use_is_refused(run_train, tmp_path):
-    lock = train.lock_output_dir(tmp_path)
+    code = "import pathlib, sys, train; lock = train.lock_output_dir(pathlib.Path(sys.argv[1])); print('held'); input()"
+    other = start_python(1, "-c", code, tmp_path, stdin=subprocess.PIPE)
+    wait_for(other, "held")
     with pytest.raises(SystemExit, match="in use by another run"):
         run_train(tmp_path, "--epochs", "1")
-    lock.close()
+    other.kill()
+    other.wait()
     run_train(tmp_path, "--epochs", "1", "--max-steps", "1")
 
 
@@ -136,10 +139,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(run_train, tmp_path, 
     before = (tmp_path / "run" / "last.pt").read_bytes()
     write = train.write_atomic
 
-    def disk_full(path, content):
+    def disk_full(path, *arguments):
         if path.suffix == ".pt":
             raise OSError(28, "No space left on device", str(path))
-        write(path, content)
+        write(path, *arguments)
 
     monkeypatch.setattr(train, "write_atomic", disk_full)
     with pytest.raises(SystemExit, match=r"^train.py: .*No space left on device.*--resume auto\.$"):
