@@ -17,18 +17,30 @@ The stages at 32 x 32 input, FishNet-99 (channels 64 128 256 512, k = 2); "trunk
     H3      8      832 + 768         H2 and B3's 512 + 256    "
     H4      4      1600 + 512        H3 and x4               refine by M + identity, average pool -> classifier
 
-Sources: [P] Sun, Pang, Shi, Yi, Ouyang: FishNet, NeurIPS 2018, arXiv 1901.03495; [S] the slides of S. H. Kim that
-rebuild it for CIFAR-10, github.com/crapine1119/fishnet. Equations and figures are those of [P].
+The paper's own networks for ImageNet are built of the same stages; FishNetConfig says how they differ.
 
-    from fishnet import create_model
-    logits = create_model("fishnet99")(torch.randn(2, 3, 32, 32))    # (2, 10)
+Sources: [P] Sun, Pang, Shi, Yi, Ouyang: FishNet, NeurIPS 2018, arXiv 1901.03495; [O] its authors' code,
+github.com/kevin-ssy/FishNet; [S] the slides of S. H. Kim that rebuild it for CIFAR-10, github.com/crapine1119/fishnet.
+Equations and figures are those of [P].
+
+    from fishnet import FishNetFPN, create_model, load_pretrained
+    logits = create_model("fishnet99")(torch.randn(2, 3, 32, 32))                  # (2, 10)
+    model = create_model("fishnet150_imagenet", num_classes=5)
+    print(load_pretrained(model, "fishnet150_ckpt.tar"))                           # all but the classifier
+    maps = model.forward_features(torch.randn(2, 3, 224, 224))                     # {"H1": (2, 320, 56, 56), ...}
+    backbone = FishNetFPN(model)                                                   # for torchvision's detectors
 """
 
+import re
+from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 # ---------------------------------------------------------------------------------------------------------- units
 
@@ -79,17 +91,46 @@ def bottleneck(in_channels: int, out_channels: int, preact: bool, dilation: int 
     return (PreActBottleneck if preact else PostActBottleneck)(in_channels, out_channels, dilation)
 
 
+class RepeatChannels(nn.Module):
+    """Nearest-neighbour upsampling along the channels: (N, C_in, H, W) -> (N, C_out, H, W), C_out >= C_in.
+
+    Output channel n is input channel floor(n C_in / C_out). It widens without a convolution: an improvement that [S]
+    proposes for the tail.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.arange(out_channels) * in_channels // out_channels, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
+
+
+def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
+    """(N, C_in, H, W) -> (N, C_out, H, W): the identity where the widths agree, else what `kind` says.
+
+    "conv": a bare 1x1 convolution, the tail's "I-conv", which stops the direct gradient ([P] section 3, [S]).
+    "norm_conv": BN-ReLU before it ([O]). "repeat": no convolution ([S]'s improvement).
+    """
+    if in_channels == out_channels:
+        return nn.Identity()
+    if kind == "repeat":
+        return RepeatChannels(in_channels, out_channels)
+    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return conv if kind == "conv" else nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv)
+
+
 class ResidualUnit(nn.Module):
     """shortcut(x) + M(x), and a ReLU after the sum in the post-activation order.
 
-    (N, C_in, H, W) -> (N, C_out, H, W). The shortcut is the identity where the widths agree, else a bare 1x1
-    convolution: the tail's "I-conv", which stops the direct gradient ([P] section 3, [S]).
+    (N, C_in, H, W) -> (N, C_out, H, W); make_shortcut tells the kinds of shortcut.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, preact: bool, dilation: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, preact: bool, dilation: int = 1, shortcut: str = "conv"
+    ) -> None:
         super().__init__()
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.shortcut = make_shortcut(in_channels, out_channels, shortcut)
         self.branch = bottleneck(in_channels, out_channels, preact, dilation)
         self.activation = nn.Identity() if preact else nn.ReLU(inplace=True)
 
@@ -125,9 +166,42 @@ class SEResidualUnit(nn.Module):
         return self.activation(x + branch * self.se(branch))
 
 
-def residual_units(in_channels: int, out_channels: int, depth: int, preact: bool, dilation: int = 1) -> nn.Sequential:
+class AttentionBridge(nn.Module):
+    """The bridge from tail to body of [O]: u * a + a, both of a widened score s of the tail's last map.
+
+    (N, C, H, W) -> (N, C, H, W). s = two BN-ReLU-conv1x1, C -> C/2 -> 2C; u = residual units of s, 2C -> C;
+    a in (0, 1), (N, C, 1, 1), from the average of BN-ReLU of s.
+    """
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__()
+        self.score = nn.Sequential(
+            *norm_conv(channels, channels // 2), *norm_conv(channels // 2, 2 * channels, bias=True)
+        )
+        self.units = residual_units(2 * channels, channels, depth, preact=True, shortcut="norm_conv")
+        self.attention = nn.Sequential(
+            nn.BatchNorm2d(2 * channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(2 * channels, channels // 16, 1), nn.ReLU(inplace=True), nn.Conv2d(channels // 16, channels, 1),
+            nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = self.score(x)  # (N, 2C, H, W)
+        attention = self.attention(score)  # (N, C, 1, 1)
+        return self.units(score) * attention + attention
+
+
+def norm_conv(in_channels: int, out_channels: int, bias: bool = False) -> list[nn.Module]:
+    """BN, ReLU and a 1x1 convolution."""
+    conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+    return [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv]
+
+
+def residual_units(
+    in_channels: int, out_channels: int, depth: int, preact: bool, dilation: int = 1, shortcut: str = "conv"
+) -> nn.Sequential:
     """`depth` residual units; the first changes the width and has the dilation."""
-    first = [ResidualUnit(in_channels, out_channels, preact, dilation)] if depth else []
+    first = [ResidualUnit(in_channels, out_channels, preact, dilation, shortcut)] if depth else []
     return nn.Sequential(*first, *(ResidualUnit(out_channels, out_channels, preact) for _ in range(depth - 1)))
 
 
@@ -155,22 +229,29 @@ class Refine(nn.Module):
     shortcut, so the gradient passes unchanged.
     """
 
-    def __init__(self, channels: int, k: int, preact: bool) -> None:
+    def __init__(self, channels: int, k: int, preact: bool, dilation: int = 1) -> None:
         super().__init__()
         self.k = k
-        self.branch = bottleneck(channels, channels // k, preact)
+        self.branch = bottleneck(channels, channels // k, preact, dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         return channel_sum(x, self.k) + self.branch(x)
+
+
+class StageMaps(NamedTuple):
+    """What a stage makes; the sizes are those of `Stage`."""
+
+    concatenation: Tensor  # what the stage got: the head takes the body's
+    refined: Tensor  # for pyramids
+    resampled: Tensor  # the trunk of the next stage
 
 
 class Stage(nn.Module):
     """One stage of body or head: what came along the trunk and what a skip brings, kept and refined.
 
     trunk (N, C_t, H, W) goes through the regular units, skip (N, C_s, H, W) through the transfer block T; both are
-    concatenated, refined and resampled. [P] Fig. 3 and section 3; which modules they are is FishNet's business.
-
-    Returns (concatenation (N, C_t + C_s, H, W), resampled (N, C', H', W')): the head takes the body's concatenations.
+    concatenated, (N, C_t + C_s, H, W), refined, (N, C', H, W), and resampled, (N, C'', H', W'). Without a skip the
+    trunk is the concatenation. [P] Fig. 3 and section 3; make_stage says which modules they are.
     """
 
     def __init__(self, regular: nn.Module, transfer: nn.Module, refine: nn.Module, resample: nn.Module) -> None:
@@ -180,34 +261,41 @@ class Stage(nn.Module):
         self.refine = refine
         self.resample = resample
 
-    def forward(self, trunk: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.cat([self.regular(trunk), self.transfer(skip)], dim=1)
-        return x, self.resample(self.refine(x))
+    def forward(self, trunk: Tensor, skip: Tensor | None) -> StageMaps:
+        x = self.regular(trunk)
+        if skip is not None:
+            x = torch.cat([x, self.transfer(skip)], dim=1)
+        refined = self.refine(x)
+        return StageMaps(x, refined, self.resample(refined))
 
 
 # --------------------------------------------------------------------------------------------------- configuration
 
 
-def channel_plan(channels: tuple[int, int, int, int], k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def channel_plan(
+    channels: tuple[int, int, int, int], k: int, structure: str = "slides"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The automatic channel calculation of [S]: (trunk, skip), the two widths that enter B4 B3 B2 H1 H2 H3 H4.
 
-    A body stage leaves (trunk + skip) / k, a head stage trunk + skip; so the classifier sees trunk[6] + skip[6].
+    A body stage leaves (trunk + skip) / k, a head stage trunk + skip; so the classifier sees trunk[6] + skip[6]. In the
+    structure "paper" B4 has no skip and keeps its width, and the same rule gives the widths of [O].
     ValueError: k does not divide the width of a body stage, or leaves too few channels for a bottleneck.
     """
     if k < 1:
         raise ValueError(f"k={k}: expected an integer of at least 1")
     c1, c2, c3, c4 = channels
+    first = (c4, k) if structure == "slides" else (0, 1)
     trunk = [c4]
-    for stage, skip in (("B4", c4), ("B3", c3), ("B2", c2)):
+    for stage, skip, group in (("B4", *first), ("B3", c3, k), ("B2", c2, k)):
         width = trunk[-1] + skip
-        if width % k or width // k < 4:
+        if width % group or width // group < 4:
             raise ValueError(
                 f"k={k}: expected a divisor of the width of {stage}, {trunk[-1]} + {skip} = {width}, "
                 "that leaves at least 4 channels"
             )
-        trunk.append(width // k)
+        trunk.append(width // group)
     _, b3, b2, h1 = trunk
-    skips = (c4, c3, c2, c1, b2 + c2, b3 + c3, c4)
+    skips = (first[0], c3, c2, c1, b2 + c2, b3 + c3, c4)
     trunk.append(h1 + c1)
     trunk.append(trunk[-1] + skips[4])
     trunk.append(trunk[-1] + skips[5])
@@ -221,8 +309,15 @@ class FishNetConfig:
     channels: widths of the stem and of T1, T2, T3 (c1 c2 c3 c4). tail_depths: residual units of T1-T4 (T4 of a FishNet
     has the SE unit besides). body_depths, head_depths: regular units of B4 B3 B2 and of H1-H4; both empty leave the
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
-    stem_stride: of the first convolution. final_norm: BN-ReLU before the last pool, as in [P]'s networks for ImageNet;
-    [S] has none. in_channels: of the images. num_classes: of the classifier.
+    tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
+    T4, or "none". stem_stride: of the first convolution. final_norm: BN-ReLU before the last pool. in_channels: of the
+    images. num_classes: of the classifier.
+
+    structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
+    pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units
+    but more refining ones, body_depths and head_depths (of H1 H2 H3; H4 does not refine), dilated in B3 and B2;
+    transfer blocks of residual units, transfer_depths of B3 B2 H1 H2 H3 H4; and two BN-ReLU with a convolution between
+    before the last pool.
     """
 
     channels: tuple[int, ...] = (64, 128, 256, 512)
@@ -231,26 +326,39 @@ class FishNetConfig:
     head_depths: tuple[int, ...] = (1, 1, 1, 1)
     k: int = 2
     preact: bool = True
+    tail_shortcut: str = "conv"
+    bridge: str = "se"
     stem_stride: int = 1
     final_norm: bool = False
     in_channels: int = 3
     num_classes: int = 10
+    structure: str = "slides"
+    transfer_depths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("channels", "tail_depths", "body_depths", "head_depths"):
+        for name in ("channels", "tail_depths", "body_depths", "head_depths", "transfer_depths"):
             if not isinstance(getattr(self, name), (list, tuple)):
                 self._refuse(name, "a list of integers")
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        tail_only = self.body_depths == self.head_depths == ()
+        for name, allowed in (
+            ("structure", ("slides", "paper")), ("tail_shortcut", ("conv", "repeat")), ("bridge", ("se", "none")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                self._refuse(name, " or ".join(map(repr, allowed)))
+        paper = self.structure == "paper"
+        tail_only = not paper and self.body_depths == self.head_depths == ()
         self._check_integers("channels", 4, minimum=4)
         if self.channels[3] < 16:
             self._refuse("channels", "a last width of at least 16, the reduction of squeeze-and-excitation")
+        if self.tail_shortcut == "repeat" and list(self.channels) != sorted(self.channels):
+            self._refuse("channels", "widths that do not shrink, for tail_shortcut='repeat'")
         self._check_integers("tail_depths", 4, minimum=0)
-        if 0 in self.tail_depths[:3]:
+        if 0 in self.tail_depths[: 4 if paper else 3]:
             self._refuse("tail_depths", "at least 1 unit in each of T1, T2 and T3, where the width changes")
         if not tail_only:
-            self._check_integers("body_depths", 3, minimum=0)
-            self._check_integers("head_depths", 4, minimum=0)
+            self._check_integers("body_depths", 3, minimum=int(paper))
+            self._check_integers("head_depths", 3 if paper else 4, minimum=int(paper))
+        self._check_integers("transfer_depths", 6 if paper else 0, minimum=0)
         for name in ("k", "in_channels", "num_classes"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 self._refuse(name, "an integer of at least 1")
@@ -259,8 +367,14 @@ class FishNetConfig:
                 self._refuse(name, "True or False")
         if not _is_int(self.stem_stride) or self.stem_stride not in (1, 2, 4):
             self._refuse("stem_stride", "1, 2 or 4")
+        if paper:  # its structure leaves no choice in these
+            for name, value in {
+                "preact": True, "tail_shortcut": "conv", "bridge": "se", "stem_stride": 4, "final_norm": False,
+            }.items():  # fmt: skip
+                if getattr(self, name) != value:
+                    self._refuse(name, f"{value!r} in the structure 'paper'")
         if not tail_only:
-            channel_plan(self.channels, self.k)  # raises where k does not divide
+            channel_plan(self.channels, self.k, self.structure)  # raises where k does not divide
 
     def _check_integers(self, name: str, length: int, minimum: int) -> None:
         values = getattr(self, name)
@@ -284,12 +398,20 @@ def _is_int(value: object) -> bool:
 
 
 @torch.fx.wrap
-def check_images(x: Tensor, in_channels: int, stride: int) -> None:
+def check_images(x: Tensor, config: FishNetConfig) -> None:
     """ValueError where images (N, C, H, W) do not fit a network."""
+    in_channels, stride = config.in_channels, config.stride
     if x.ndim != 4 or x.shape[1] != in_channels:
         raise ValueError(f"images: got shape {tuple(x.shape)}, expected (N, {in_channels}, H, W)")
     if x.shape[2] % stride or x.shape[3] % stride:
         raise ValueError(f"image side: got {x.shape[2]} x {x.shape[3]}, expected multiples of {stride}")
+
+
+class Feature(NamedTuple):
+    """Of a map of forward_features: its channels, and how many pixels of the input one of its pixels stands for."""
+
+    channels: int
+    stride: int
 
 
 class ResNet(nn.Module):
@@ -305,18 +427,25 @@ class ResNet(nn.Module):
         self.tail = make_tail(config)
         self.pool = make_pool(config.channels[3], config)
         self.fc = nn.Linear(config.channels[3], config.num_classes)
+        widths = (*config.channels[1:], config.channels[3])
+        self.feature_info = {f"T{i + 1}": Feature(c, config.stem_stride << i) for i, c in enumerate(widths)}
         init_weights(self)
 
+    def forward_features(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """The tail's maps before their pools, from high to low resolution; feature_info has channels and strides."""
+        check_images(x, self.config)
+        t1 = self.tail[0](self.stem(x))  # (N, c2, H, W)
+        t2 = self.tail[1](F.max_pool2d(t1, 2))  # (N, c3, H/2, W/2)
+        t3 = self.tail[2](F.max_pool2d(t2, 2))  # (N, c4, H/4, W/4)
+        t4 = self.tail[3](F.max_pool2d(t3, 2))  # (N, c4, H/8, W/8)
+        return OrderedDict(T1=t1, T2=t2, T3=t3, T4=t4)
+
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.config.in_channels, self.config.stride)
-        x = self.stem(x)  # (N, c1, H, W)
-        for stage in self.tail:
-            x = stage(x)  # (N, c4, H/8, W/8) at last
-        return self.fc(self.pool(x).flatten(1))  # (N, num_classes)
+        return self.fc(self.pool(self.forward_features(x)["T4"]).flatten(1))  # (N, num_classes)
 
 
 class FishNet(nn.Module):
-    """Tail, body and head; the picture is in this file's docstring. [P] Fig. 2, in [S]'s form for small images.
+    """Tail, body and head; the picture is in this file's docstring. [P] Fig. 2, in the form of [S] or [O].
 
     images (N, in_channels, H, W), H and W multiples of config.stride -> logits (N, num_classes). ValueError: other
     images. The comments give sizes relative to the stem's output.
@@ -325,51 +454,111 @@ class FishNet(nn.Module):
     def __init__(self, config: FishNetConfig) -> None:
         super().__init__()
         self.config = config
-        trunk, skip = channel_plan(config.channels, config.k)
-
-        def stage(i: int, depth: int, k: int, resample: nn.Module, dilation: int = 1) -> Stage:
-            regular = residual_units(trunk[i], trunk[i], depth, config.preact, dilation)
-            transfer = bottleneck(skip[i], skip[i], config.preact)
-            return Stage(regular, transfer, Refine(trunk[i] + skip[i], k, config.preact), resample)
-
         self.stem = make_stem(config)
         self.tail = make_tail(config)
-        self.tail[3].append(SEResidualUnit(config.channels[3], config.preact))
-        self.body = nn.ModuleList(
-            stage(i, depth, config.k, nn.Upsample(scale_factor=2), dilation)
-            for i, (depth, dilation) in enumerate(zip(config.body_depths, (1, 2, 4)))
-        )
-        pool = make_pool(trunk[6] + skip[6], config)
-        self.head = nn.ModuleList(
-            stage(i, depth, 1, pool if i == 6 else nn.MaxPool2d(2))
-            for i, depth in enumerate(config.head_depths, start=3)
-        )
-        self.fc = nn.Linear(trunk[6] + skip[6], config.num_classes, bias=False)
+        if config.structure == "slides" and config.bridge == "se":
+            self.tail[3].append(SEResidualUnit(config.channels[3], config.preact))
+        self.body = nn.ModuleList(make_stage(config, i) for i in range(3))
+        self.head = nn.ModuleList(make_stage(config, i) for i in range(3, 7))
+        trunk, skip = channel_plan(config.channels, config.k, config.structure)
+        widths = [t + s for t, s in zip(trunk, skip)]
+        paper = config.structure == "paper"
+        self.fc = nn.Linear(widths[6] // 2 if paper else widths[6], config.num_classes, bias=paper)
+        self.feature_info = {f"H{i + 1}": Feature(widths[3 + i], config.stem_stride << i) for i in range(4)}
+        self.feature_info |= {f"B{i + 1}": Feature(trunk[4 - i], config.stem_stride << i) for i in (1, 2, 3)}
         init_weights(self)
 
+    def forward_stages(self, x: Tensor) -> dict[str, StageMaps]:
+        """What B4 B3 B2 H1 H2 H3 H4 make of images."""
+        check_images(x, self.config)
+        paper = self.config.structure == "paper"
+        x1 = self.stem(x)  # (N, c1, H, W)
+        x2 = F.max_pool2d(self.tail[0](x1), 2)  # (N, c2, H/2, W/2)
+        x3 = F.max_pool2d(self.tail[1](x2), 2)  # (N, c3, H/4, W/4)
+        x4 = F.max_pool2d(self.tail[2](x3), 2)  # (N, c4, H/8, W/8)
+        bridge = self.tail[3](x4)  # (N, c4, H/8, W/8)
+
+        b4 = self.body[0](bridge, None if paper else x4)  # resampled: (N, B3, H/4, W/4)
+        b3 = self.body[1](b4.resampled, x3)  # (N, B2, H/2, W/2)
+        b2 = self.body[2](b3.resampled, x2)  # (N, H1, H, W)
+
+        h1 = self.head[0](b2.resampled, x1)  # (N, H2, H/2, W/2)
+        h2 = self.head[1](h1.resampled, b2.concatenation)  # (N, H3, H/4, W/4)
+        h3 = self.head[2](h2.resampled, b3.concatenation)  # (N, H4, H/8, W/8)
+        h4 = self.head[3](h3.resampled, b4.concatenation if paper else x4)  # (N, H4 + c4, 1, 1)
+        return {"B4": b4, "B3": b3, "B2": b2, "H1": h1, "H2": h2, "H3": h3, "H4": h4}
+
+    def forward_features(self, x: Tensor, body: bool = False) -> OrderedDict[str, Tensor]:
+        """The head's refined maps H1 ... H4 from high to low resolution, and the body's B2 B3 B4 after them on request.
+
+        Their channels and strides are in feature_info, under the same names.
+        """
+        stages = self.forward_stages(x)
+        names = ("H1", "H2", "H3", "H4", "B2", "B3", "B4") if body else ("H1", "H2", "H3", "H4")
+        return OrderedDict((name, stages[name].refined) for name in names)
+
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.config.in_channels, self.config.stride)
-        x = self.stem(x)  # (N, c1, H, W)
+        return self.fc(self.forward_stages(x)["H4"].resampled.flatten(1))  # (N, num_classes)
 
-        tail = []
-        for stage in self.tail:  # T1 T2 T3 T4
-            tail.append(x)  # x1 x2 x3 x4: (N, c1, H, W) ... (N, c4, H/8, W/8)
-            x = stage(x)  # the bridge at last: (N, c4, H/8, W/8)
 
-        body = []
-        for stage, skip in zip(self.body, (tail[3], tail[2], tail[1])):  # B4 B3 B2
-            concatenated, x = stage(x, skip)  # B2's: (N, B2 + c2, H/2, W/2), (N, H1, H, W)
-            body.append(concatenated)
+class FishNetFPN(nn.Module):
+    """A network's feature pyramid as a backbone of torchvision's detectors (Lin et al. 2017).
 
-        for stage, skip in zip(self.head, (tail[0], body[2], body[1], tail[3])):  # H1 H2 H3 H4
-            _, x = stage(x, skip)  # (N, H4 + c4, 1, 1) at last
+    images (N, in_channels, H, W) -> {"0": (N, out_channels, H', W'), "1", "2", "3" at half the sides each, "pool"};
+    level "0" has the stride of the stem. A FishNet gives its head's maps, a ResNet its tail's. torchvision pads images
+    to multiples of 32, which fit every network here.
+    """
 
-        return self.fc(x.flatten(1))  # (N, num_classes)
+    def __init__(self, model: "FishNet | ResNet", out_channels: int = 256) -> None:
+        super().__init__()
+        self.model = model
+        self.out_channels = out_channels
+        widths = [feature.channels for feature in list(model.feature_info.values())[:4]]
+        # The maps are sums that nothing has normalised yet: batch norm follows each convolution of the pyramid.
+        self.fpn = FeaturePyramidNetwork(widths, out_channels, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.model.forward_features(x).values()
+        return self.fpn(OrderedDict((str(level), x) for level, x in enumerate(maps)))
+
+
+def make_stage(config: FishNetConfig, i: int) -> Stage:
+    """Stage i of B4 B3 B2 H1 H2 H3 H4 (0 ... 6).
+
+    In the structure of [S] M (its dilation in the first regular unit) refines once and transfers; in [O]'s the units
+    are dilated residual units that refine, and transfer blocks are residual units.
+    """
+    trunk, skip = (widths[i] for widths in channel_plan(config.channels, config.k, config.structure))
+    resample = nn.Upsample(scale_factor=2) if i < 3 else nn.MaxPool2d(2)
+    if i == 6:
+        resample = make_pool(trunk + skip, config)
+    dilation = (1, 2, 4, 1, 1, 1, 1)[i]
+    k = config.k if i < 3 else 1
+    depths = (*config.body_depths, *config.head_depths)
+    if config.structure == "slides":
+        regular = residual_units(trunk, trunk, depths[i], config.preact, dilation)
+        transfer = bottleneck(skip, skip, config.preact)
+        return Stage(regular, transfer, Refine(trunk + skip, k, config.preact), resample)
+
+    refine = nn.Sequential()
+    if i < 6:
+        k = 1 if i == 0 else k
+        width = (trunk + skip) // k
+        refine.append(Refine(trunk + skip, k, True, dilation))
+        refine.extend(ResidualUnit(width, width, True, dilation) for _ in range(depths[i] - 1))
+    transfer = residual_units(skip, skip, config.transfer_depths[i - 1], True) if skip else nn.Sequential()
+    return Stage(nn.Sequential(), transfer, refine, resample)
 
 
 def make_stem(config: FishNetConfig) -> nn.Sequential:
     """Images (N, in_channels, H, W) -> x1 (N, c1, H/stem_stride, W/stem_stride); no shortcuts here."""
     c1, stride = config.channels[0], config.stem_stride
+    if config.structure == "paper":
+        layers = []
+        for widths, stride in (((config.in_channels, c1 // 2), 2), ((c1 // 2, c1 // 2), 1), ((c1 // 2, c1), 1)):
+            conv = nn.Conv2d(*widths, 3, stride=stride, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(widths[1]), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
     if config.preact:
         first = nn.Conv2d(config.in_channels, c1, 3, stride=stride, padding=1, bias=False)
         return nn.Sequential(first, bottleneck(c1, c1, True), bottleneck(c1, c1, True))
@@ -379,26 +568,37 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
 
 
 def make_tail(config: FishNetConfig) -> nn.ModuleList:
-    """T1-T4: residual units, and a max-pool after T1, T2 and T3."""
+    """T1-T4: residual units; a max-pool follows T1, T2 and T3. [O]'s T4 is its bridge."""
     c1, c2, c3, c4 = config.channels
-    widths = ((c1, c2), (c2, c3), (c3, c4), (c4, c4))
-    tail = nn.ModuleList(residual_units(*w, depth, config.preact) for w, depth in zip(widths, config.tail_depths))
-    for stage in tail[:3]:
-        stage.append(nn.MaxPool2d(2))
+    paper = config.structure == "paper"
+    shortcut = "norm_conv" if paper else config.tail_shortcut
+    tail = nn.ModuleList(
+        residual_units(*widths, depth, config.preact, shortcut=shortcut)
+        for widths, depth in zip(((c1, c2), (c2, c3), (c3, c4), (c4, c4)), config.tail_depths)
+    )
+    if paper:
+        tail[3] = AttentionBridge(c4, config.tail_depths[3])
     return tail
 
 
 def make_pool(channels: int, config: FishNetConfig) -> nn.Module:
-    """(N, C, H, W) -> (N, C, 1, 1): the average pool before the classifier."""
+    """(N, C, H, W) -> (N, C', 1, 1): the average pool before the classifier. C' is C/2 in [O]'s networks, else C."""
     pool = nn.AdaptiveAvgPool2d(1)
+    if config.structure == "paper":
+        last = nn.BatchNorm2d(channels // 2), nn.ReLU(inplace=True)
+        return nn.Sequential(*norm_conv(channels, channels // 2), *last, pool)
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool) if config.final_norm else pool
 
 
-def init_weights(model: nn.Module) -> None:
-    """[S]: convolutions Kaiming normal, linear Kaiming uniform; BN is made with weight 1 and bias 0."""
+def init_weights(model: "FishNet | ResNet") -> None:
+    """[S]: convolutions Kaiming normal, linear Kaiming uniform; [O]: all of them normal with std sqrt(2 / (k^2 out)).
+
+    BN is made with weight 1 and bias 0.
+    """
+    paper = model.config.structure == "paper"
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.Conv2d) or (paper and isinstance(module, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out" if paper else "fan_in")
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight)
 
@@ -414,16 +614,32 @@ def zero_init_last(model: nn.Module) -> None:
             nn.init.zeros_(branch.conv3.weight if isinstance(branch, PreActBottleneck) else branch.bn3.weight)
 
 
+PAPER = dict(structure="paper", stem_stride=4, num_classes=1000)
 CONFIGS = {
     "fishnet99": FishNetConfig(),
     "fishnet150": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(2, 3, 2), head_depths=(3, 4, 6, 3)),
     # [S]'s name; by [S]'s own count of layers it has 66.
     "fishnet73": FishNetConfig(tail_depths=(1, 1, 1, 1)),
+    # [S]'s improvements: with them the tail, too, has no convolution outside a branch.
+    "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),
     # Ours, for two CPU cores: a quarter of the pixels. The widths hardly grow: M works in a quarter of its output's
     # width, so a stem of 16 would pass all it knows of an image through 4 channels.
     "fishnet_tiny": FishNetConfig(channels=(48, 48, 64, 96), tail_depths=(1, 2, 2, 1), stem_stride=2, final_norm=True),
-}
+    # [O]
+    "fishnet99_imagenet": FishNetConfig(
+        tail_depths=(2, 2, 6, 2), body_depths=(1, 1, 1), head_depths=(1, 2, 2), **PAPER,
+        transfer_depths=(1, 1, 1, 1, 1, 4),
+    ),
+    "fishnet150_imagenet": FishNetConfig(
+        tail_depths=(2, 4, 8, 4), body_depths=(2, 2, 2), head_depths=(2, 2, 4), **PAPER,
+        transfer_depths=(2, 2, 2, 2, 2, 4),
+    ),
+    "fishnet201_imagenet": FishNetConfig(
+        tail_depths=(3, 4, 12, 4), body_depths=(2, 2, 2), head_depths=(2, 3, 10), **PAPER,
+        transfer_depths=(2, 2, 2, 2, 2, 9),
+    ),
+}  # fmt: skip
 
 
 def model_names() -> list[str]:
@@ -431,8 +647,8 @@ def model_names() -> list[str]:
     return list(CONFIGS)
 
 
-def create_model(name: str, num_classes: int = 10, **overrides: object) -> FishNet | ResNet:
-    """A new network by its name; overrides replace fields of its FishNetConfig.
+def create_model(name: str, **overrides: object) -> FishNet | ResNet:
+    """A new network by its name; overrides, such as num_classes, replace fields of its FishNetConfig.
 
     ValueError: an unknown name or field, or a value that FishNetConfig refuses.
     """
@@ -442,5 +658,122 @@ def create_model(name: str, num_classes: int = 10, **overrides: object) -> FishN
     for field in overrides:
         if field not in known:
             raise ValueError(f"{field}: no field of FishNetConfig, expected one of {', '.join(known)}")
-    config = replace(CONFIGS[name], num_classes=num_classes, **overrides)
+    config = replace(CONFIGS[name], **overrides)
     return FishNet(config) if config.head_depths else ResNet(config)
+
+
+# ---------------------------------------------------------------------------------------------- weights from elsewhere
+
+# (pattern, ours) for the names of [O]'s files, and of pytorchcv's (github.com/osmr/imgclsmob): the same graph in both.
+AUTHORS_NAMES = (
+    (r"conv([123])\.([01])\.", lambda m: f"stem.{3 * int(m[1]) - 3 + int(m[2])}."),
+    (r"fish\.fish\.([012])\.0\.(\d+)\.", r"tail.\1.\2."),
+    (r"fish\.fish\.3\.0\.([023])\.", r"tail.3.score.\1."),
+    (r"fish\.fish\.3\.1\.", r"tail.3.score.5."),
+    (r"fish\.fish\.3\.2\.(\d+)\.", r"tail.3.units.\1."),
+    (r"fish\.fish\.3\.3\.0\.([035])\.", r"tail.3.attention.\1."),
+    (r"fish\.fish\.([456])\.0\.(\d+)\.", lambda m: f"body.{int(m[1]) - 4}.refine.{m[2]}."),
+    (r"fish\.fish\.([789])\.0\.(\d+)\.", lambda m: f"head.{int(m[1]) - 7}.refine.{m[2]}."),
+    (r"fish\.fish\.([45])\.1\.(\d+)\.", lambda m: f"body.{int(m[1]) - 3}.transfer.{m[2]}."),
+    (r"fish\.fish\.([6789])\.1\.(\d+)\.", lambda m: f"head.{int(m[1]) - 6}.transfer.{m[2]}."),
+    (r"fish\.fish\.9\.3\.([023])\.", r"head.3.resample.\1."),
+    (r"fish\.fish\.9\.4\.1\.", r"fc."),
+)
+WELLTRAINED_NAMES = (  # the authors' second file of FishNet-150 cuts two of its sequences elsewhere
+    (r"fish\.fish\.3\.1\.([01])\.", lambda m: f"fish.fish.3.0.{int(m[1]) + 2}."),
+    (r"fish\.fish\.3\.1\.3\.", r"fish.fish.3.1."),
+    (r"fish\.fish\.9\.4\.([01])\.", lambda m: f"fish.fish.9.3.{int(m[1]) + 2}."),
+    (r"fish\.fish\.9\.4\.4\.", r"fish.fish.9.4.1."),
+)
+PYTORCHCV_NAMES = (
+    (r"features\.init_block\.conv([123])\.conv\.", lambda m: f"stem.{3 * int(m[1]) - 3}."),
+    (r"features\.init_block\.conv([123])\.bn\.", lambda m: f"stem.{3 * int(m[1]) - 2}."),
+    (r"features\.hg\.skip1_seq\.unit4\.conv1\.bn\.", r"tail.3.score.0."),
+    (r"features\.hg\.skip1_seq\.unit4\.conv1\.conv\.", r"tail.3.score.2."),
+    (r"features\.hg\.skip1_seq\.unit4\.conv2\.bn\.", r"tail.3.score.3."),
+    (r"features\.hg\.skip1_seq\.unit4\.conv2\.conv\.", r"tail.3.score.5."),
+    (r"features\.hg\.skip1_seq\.unit4\.se\.bn\.", r"tail.3.attention.0."),
+    (r"features\.hg\.skip1_seq\.unit4\.se\.conv1\.", r"tail.3.attention.3."),
+    (r"features\.hg\.skip1_seq\.unit4\.se\.conv2\.", r"tail.3.attention.5."),
+    (r"features\.hg\.skip1_seq\.unit4\.blocks\.", r"tail.3.units."),
+    (r"features\.hg\.down1_seq\.unit([123])\.blocks\.", lambda m: f"tail.{int(m[1]) - 1}."),
+    (r"features\.hg\.up_seq\.unit([123])\.blocks\.", lambda m: f"body.{int(m[1]) - 1}.refine."),
+    (r"features\.hg\.down2_seq\.unit([123])\.blocks\.", lambda m: f"head.{int(m[1]) - 1}.refine."),
+    (r"features\.hg\.skip1_seq\.unit1\.blocks\.", r"head.0.transfer."),
+    (r"features\.hg\.skip1_seq\.unit([23])\.blocks\.", lambda m: f"body.{4 - int(m[1])}.transfer."),
+    (r"features\.hg\.skip2_seq\.unit([123])\.blocks\.", lambda m: f"head.{4 - int(m[1])}.transfer."),
+    (r"features\.final_block\.conv1\.bn\.", r"head.3.resample.0."),
+    (r"features\.final_block\.conv1\.conv\.", r"head.3.resample.2."),
+    (r"features\.final_block\.preactiv\.bn\.", r"head.3.resample.3."),
+    (r"output\.final_conv\.", r"fc."),
+    # then the names inside a unit
+    (r"(.*)\.block(\d+)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}."),
+    (r"(.*)\.body\.conv([123])\.(bn|conv)\.", r"\1.branch.\3\2."),
+    (r"(.*)\.identity_conv\.bn\.", r"\1.shortcut.0."),
+    (r"(.*)\.identity_conv\.conv\.", r"\1.shortcut.2."),
+)
+UNIT_NAMES = ((r"(.*\.)((?:bn|conv)[123]\.)", r"\1branch.\2"),)
+
+
+def rename(name: str, table: tuple) -> str:
+    """The name after each of the table's replacements that fits its beginning."""
+    for pattern, ours in table:
+        name = re.sub(f"^{pattern}", ours, name)
+    return name
+
+
+def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
+    """Weights from a file of [O] (plain or "welltrained"), of pytorchcv, or of this project; returns what matched.
+
+    Takes a state_dict or a dict that holds one as "state_dict" or "model", from any device, with a prefix "module." or
+    without, and runs no code of the file. A classifier for another number of classes stays as it is made, and the line
+    says so. ValueError or OSError, naming the file: anything else that does not fit; the model is then unchanged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is none of its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a file of weights, or damaged ({reason})") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+        raise ValueError(f"{path}: holds no state_dict")
+
+    found = {str(name).removeprefix("module."): value for name, value in content.items()}
+    source = "this project's"
+    if any(name.startswith("fish.fish.") for name in found):
+        source = "the authors'"
+        welltrained = "fish.fish.9.4.4.weight" in found
+        tables = (*(WELLTRAINED_NAMES if welltrained else ()), *AUTHORS_NAMES, *UNIT_NAMES)
+        found = {rename(name, tables): value for name, value in found.items()}
+    elif any(name.startswith("features.hg.") for name in found):
+        source = "pytorchcv's"
+        found = {rename(name, PYTORCHCV_NAMES): value for name, value in found.items()}
+
+    expected = model.state_dict()
+    found = {  # a classifier of [O] is a 1x1 convolution
+        name: value.flatten(1) if name == "fc.weight" and value.ndim == 4 else value for name, value in found.items()
+    }
+    dropped = ""
+    if "fc.weight" in found and found["fc.weight"].shape[1:] == expected["fc.weight"].shape[1:]:
+        theirs, ours = len(found["fc.weight"]), len(expected["fc.weight"])
+        if theirs != ours:
+            dropped = f"; the classifier is new: {ours} classes, not {theirs}"
+            found |= {name: value for name, value in expected.items() if name.startswith("fc.")}
+    for name in expected:  # files from before PyTorch 0.4.1 do not count batches
+        if name.endswith("num_batches_tracked"):
+            found.setdefault(name, expected[name])
+    wrong = sorted(expected.keys() ^ found.keys()) + [
+        f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}, or not finite"
+        for name, value in expected.items()
+        if name in found and (found[name].shape != value.shape or not found[name].isfinite().all())
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} of its weights do not fit {len(expected)}: {', '.join(wrong[:8])}")
+    model.load_state_dict(found)
+    kept = sum(name.startswith("fc.") for name in expected) if dropped else 0
+    return f"{path}: {len(expected) - kept} of {len(expected)} tensors from {source} file{dropped}"

@@ -5,7 +5,7 @@
     python flops.py --stages fishnet99         # a line for each stage: the slides' layer table
     python flops.py --json                     # a list of objects, whole numbers, instead of a table
 
-Prints, for one square image:
+Prints, for one square image, of 32 pixels, or of 224 for the paper's networks:
 
     parameters   elements of all weights and biases.
     MACs         multiply-adds of convolutions and linear layers; nothing else, no biases. "FLOPs" in many papers.
@@ -24,6 +24,9 @@ and with --stages, by the rule of [S], parameters and MACs of the stem, the stag
     blocks       bottlenecks of the stem, residual units of the tail, regular units of body and head.
     layers       convolutions of blocks and refinement; not those of shortcuts and transfer blocks, nor the classifier.
 
+and the I-convs: the convolutions that a gradient cannot go round, since neither an identity nor a concatenation is
+beside them. [S]'s improvements leave those of the stem alone (fishnet99_direct).
+
 Source: [S] the slides of S. H. Kim, github.com/crapine1119/fishnet. They print 0.56 GFLOP and 3.00 M parameters for
 ResNet50; 2.53 GFLOP, 17.92 M and 99 layers for FishNet99.
 """
@@ -31,7 +34,9 @@ ResNet50; 2.53 GFLOP, 17.92 M and 99 layers for FishNet99.
 import argparse
 import copy
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -92,13 +97,13 @@ class Counts:
     activation_bytes: int
 
 
-def measure(module: nn.Module, *inputs: Tensor) -> Counts:
+def measure(module: nn.Module, *inputs: Tensor | None) -> Counts:
     """What a forward pass of any module costs. Works on a copy without values: the module stays as it is.
 
     Batch norm runs in evaluation mode, which costs the same and takes a single value per channel.
     """
     module = copy.deepcopy(module).to("meta", torch.float32).eval().requires_grad_()
-    inputs = [x.to("meta", torch.float32) for x in inputs]
+    inputs = [x if x is None else x.to("meta", torch.float32) for x in inputs]
     kept = set()  # storages: a tensor and its views share one
 
     def keep(tensor: Tensor) -> Tensor:
@@ -117,14 +122,19 @@ def measure(module: nn.Module, *inputs: Tensor) -> Counts:
     )
 
 
-def make_image(model: FishNet | ResNet, size: int) -> Tensor:
-    """One image without values, (1, in_channels, size, size). ValueError: no sensible size."""
+def make_image(model: FishNet | ResNet, size: int | None) -> Tensor:
+    """One image without values, (1, in_channels, size, size); None: of the size that the network was made for.
+
+    ValueError: no sensible size.
+    """
+    if size is None:
+        size = 224 if model.config.structure == "paper" else 32
     if not 1 <= size <= 2**14:
         raise ValueError(f"image-size={size}: expected 1 to {2**14}")
     return torch.empty(1, model.config.in_channels, size, size, device="meta")
 
 
-def count(model: FishNet | ResNet, image_size: int = 32) -> Counts:
+def count(model: FishNet | ResNet, image_size: int | None = None) -> Counts:
     """What a network costs for one image. ValueError: the size does not fit the network."""
     return measure(model, make_image(model, image_size))
 
@@ -141,7 +151,7 @@ class StageCounts:
     macs: int
 
 
-def count_stages(model: FishNet | ResNet, image_size: int = 32) -> list[StageCounts]:
+def count_stages(model: FishNet | ResNet, image_size: int | None = None) -> list[StageCounts]:
     """The layer table; its parameters and MACs add up to the network's. ValueError: the size does not fit."""
     model = copy.deepcopy(model).to("meta", torch.float32).eval()
     modules = [model.stem, *model.tail, *getattr(model, "body", ()), *getattr(model, "head", ())]
@@ -178,11 +188,23 @@ def count_modules(root: nn.Module, kinds: type | tuple[type, ...], outside: tupl
     return sum(not set(outside) & set(path) for path in found)
 
 
+def i_convs(model: FishNet | ResNet) -> list[str]:
+    """The convolutions that a gradient cannot go round: those with neither an identity nor a concatenation beside them.
+
+    All but those of branches, of transfer blocks (whose output is concatenated to the trunk) and of attentions. [P]
+    section 3 calls them isolated convolutions, I-conv.
+    """
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    beside = {"transfer", "se", "attention"}
+    inside = re.compile(r"(tail|body|head)\..*\.branch\.")  # the stem's M have no shortcut
+    return [name for name in convs if not beside & set(name.split(".")) and not inside.match(name)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Parameters, arithmetic and memory of the networks.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(model_names())} (default: all)")
     parser.add_argument("--stages", metavar="NAME", help="the layer table of this network instead")
-    parser.add_argument("--image-size", type=int, default=32, help="side in pixels (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, help="side in pixels (default: 32; 224 for *_imagenet)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     args = parser.parse_args()
     try:
@@ -200,10 +222,10 @@ def main() -> None:
         networks = [{"name": name} | asdict(c) for name, c in counts.items()]
         print(json.dumps([asdict(row) for row in rows] or networks))
     elif args.stages is None:
-        print(f"{'network':<14}{'parameters':>12} {'MACs, M':>15} {'FLOPs, M':>15} {'activations, MiB':>18}")
+        print(f"{'network':<20}{'parameters':>11} {'MACs, M':>12} {'FLOPs, M':>12} {'activations, MiB':>17}")
         for name, c in counts.items():
             memory = c.activation_bytes / 2**20
-            print(f"{name:<14}{c.params:>12,} {c.macs / 1e6:>15,.2f} {c.flops / 1e6:>15,.2f} {memory:>18,.2f}")
+            print(f"{name:<20}{c.params:>11,} {c.macs / 1e6:>12,.2f} {c.flops / 1e6:>12,.2f} {memory:>17,.2f}")
     else:
         print(f"{'stage':<8}{'size':>6}{'blocks':>9}{'layers':>9}{'parameters':>15} {'MACs, M':>15}")
         for r in rows:
@@ -211,6 +233,8 @@ def main() -> None:
         layers, total = sum(r.layers for r in rows), counts[args.stages]
         print(f"{'sum':<8}{'':>15}{layers:>9}{total.params:>15,} {total.macs / 1e6:>15,.2f}")
         print("Layers: without shortcuts, transfer blocks and the classifier, fc.")
+        names = i_convs(models[args.stages])
+        print(textwrap.fill(f"{len(names)} I-convs: {', '.join(names)}.", 79, subsequent_indent="  "))
 
 
 if __name__ == "__main__":

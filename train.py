@@ -47,7 +47,7 @@ from torch.utils.tensorboard import SummaryWriter
 import data as datasets
 from data import BatchTransform, EpochBatches, seeded_generator
 from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, leave, load_checkpoint, prepare_cpu
-from fishnet import create_model, model_names, zero_init_last
+from fishnet import create_model, load_pretrained, model_names, zero_init_last
 
 # A recipe is a set of defaults; any flag overrides its own.
 RECIPES = {
@@ -74,8 +74,8 @@ MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves t
 
 # What a run's result depends on: a resumed run must agree in them.
 FIXED = (
-    "dataset", "val_fraction", "augment", "model", "model_args", "zero_init_last", "epochs", "batch_size",
-    "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad",
+    "dataset", "val_fraction", "augment", "model", "model_args", "pretrained", "zero_init_last", "epochs",
+    "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad",
     "seed", "mixed_precision",
 )  # fmt: skip
 
@@ -114,6 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model-args", nargs="+", action=ModelArgs, metavar="FIELD=VALUE",
         help="fields of FishNetConfig besides the recipe's, such as k=4 preact=False",
     )  # fmt: skip
+    group.add_argument("--pretrained", metavar="PATH", help="start from these weights: see load_pretrained in fishnet.py")
     group.add_argument("--zero-init-last", action=argparse.BooleanOptionalAction, help="start units as their shortcuts")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, help="length of the learning rate schedule")
@@ -595,11 +596,17 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
         pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
 
+    path = args.resume
+    if path == "auto":  # the main process chooses, since it may also rename
+        path = broadcast_object_list([newest_checkpoint(output_dir) if accelerator.is_main_process else None])[0]
+
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=len(data.classes), **args.model_args)
     model = model.to(memory_format=torch.channels_last)
     if args.zero_init_last:
         zero_init_last(model)
+    if args.pretrained and not path:
+        accelerator.print(load_pretrained(model, args.pretrained))
     if args.compile:
         model.compile()  # in place: the weights keep their names
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
@@ -609,9 +616,6 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
         args=args, accelerator=accelerator, output_dir=output_dir, data=data, model=model, optimizer=optimizer,
         sampler=sampler, loader=loader, transform=transform, sums=sums, stop=stop, lock=lock,
     )  # fmt: skip
-    path = args.resume
-    if path == "auto":  # the main process chooses, since it may also rename
-        path = broadcast_object_list([newest_checkpoint(output_dir) if accelerator.is_main_process else None])[0]
     if path:
         resume(run, Path(path))
     if accelerator.is_main_process:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,10 @@ def fill(model):
 # ---------------------------------------------------------------------------------------------- a second implementation
 
 
-def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, final_norm=False, num_classes=10):
+def reference(
+    x, channels, tail, body, head, k=2, preact=True, stem_stride=1, final_norm=False, num_classes=10,
+    tail_shortcut="conv", bridge="se",
+):  # fmt: skip
     """Train-mode logits of the slides' networks, written straight down; it makes its weights when it meets a shape."""
     c1, c2, c3, c4 = channels
     activate_sum = (lambda x: x) if preact else torch.relu
@@ -77,7 +81,12 @@ def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, fi
 
     def units(x, out, depth, dilation=1):
         for i in range(depth):
-            shortcut = x if x.shape[1] == out else conv(x, out)
+            if x.shape[1] == out:
+                shortcut = x
+            elif tail_shortcut == "repeat":  # nearest-neighbour upsampling along the channels
+                shortcut = torch.stack([x[:, math.floor(n * x.shape[1] / out)] for n in range(out)], 1)
+            else:
+                shortcut = conv(x, out)
             x = activate_sum(shortcut + m(x, out, dilation if i == 0 else 1))
         return x
 
@@ -105,10 +114,11 @@ def reference(x, channels, tail, body, head, k=2, preact=True, stem_stride=1, fi
     if not head:
         bias = torch.from_numpy(normal(num_classes) * 0.01).float().double()
         return average(x) @ weight(num_classes, c4).T + bias
-    y = m(x, c4)
-    squeezed = conv(y.mean((2, 3), keepdim=True), c4 // 16).relu()
-    bridge = activate_sum(x + y * conv(squeezed, c4).sigmoid())
-    b4 = cat(bridge, x4, body[0])
+    if bridge == "se":
+        y = m(x, c4)
+        squeezed = conv(y.mean((2, 3), keepdim=True), c4 // 16).relu()
+        x = activate_sum(x + y * conv(squeezed, c4).sigmoid())
+    b4 = cat(x, x4, body[0])
     b3 = cat(up(b4), x3, body[1], dilation=2)
     b2 = cat(up(b3), x2, body[2], dilation=4)
     h1 = cat(up(b2), x1, head[0])
@@ -132,6 +142,10 @@ CASES = {
     "stem 2, 7 classes": {"stem_stride": 2, "num_classes": 7},
     "stem 4, post-activation": {"stem_stride": 4, "preact": False},
     "final norm": {"final_norm": True},
+    "repeat": {"tail_shortcut": "repeat"},  # 8 -> 18 -> 24 -> 32: not multiples
+    "repeat, doubled": {"tail_shortcut": "repeat", "channels": (8, 16, 32, 64)},
+    "no bridge": {"bridge": "none"},
+    "direct, post-activation": {"tail_shortcut": "repeat", "bridge": "none", "preact": False},
     "resnet, final norm": {"tail": (1, 1, 1, 1), "body": (), "head": (), "final_norm": True},
     "grey": {"in_channels": 1},
     "resnet": {"tail": (2, 1, 2, 3), "body": (), "head": ()},
@@ -159,11 +173,12 @@ def test_fishnet_tiny_is_the_reference():
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_logits_of_the_original_implementation(name):
-    images = torch.from_numpy(normal(4, 3, 32, 32))
+    size = 64 if name.endswith("_imagenet") else 32
+    images = torch.from_numpy(normal(4, 3, size, size))
     with torch.no_grad():
-        logits = fill(create_model(name)).train()(images)
+        logits = fill(create_model(name)).train()(images)[:, :10]
     for image, expected in (0, GOLDEN[name]["first"]), (-1, GOLDEN[name]["last"]):
-        np.testing.assert_allclose(logits[image], expected, rtol=1e-8)
+        np.testing.assert_allclose(logits[image], expected, rtol=1e-8, atol=1e-9)  # they are printed to 1e-9
 
 
 # ------------------------------------------------------------------------------------------------------ counts, widths
@@ -178,6 +193,9 @@ def test_logits_of_the_original_implementation(name):
         ("resnet50", {}, 2_999_626),
         ("fishnet99", NARROW, 1_135_344),
         ("fishnet99", {"preact": False}, 17_914_672),
+        ("fishnet99_imagenet", {}, 16_628_904),
+        ("fishnet150_imagenet", {}, 24_959_400),
+        ("fishnet201_imagenet", {}, 44_584_552),
     ],
 )
 def test_number_of_parameters(name, overrides, expected):
@@ -195,6 +213,8 @@ def test_channel_plan_of_fishnet99():
     assert trunk == (512, 512, 384, 256, 320, 832, 1600)
     assert skip == (512, 256, 128, 64, 512, 768, 512)
     assert create_model("fishnet99").fc.in_features == 2112
+    # the paper's: the same rule without a skip to B4
+    assert channel_plan((64, 128, 256, 512), 2, "paper") == (trunk, (0, *skip[1:]))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +301,10 @@ def test_weights_at_the_start():
         ("in_channels", 0, "at least 1"),
         ("num_classes", -1, "at least 1"),
         ("num_classes", "10", "an integer"),
+        ("tail_shortcut", "none", "'conv' or 'repeat'"),
+        ("bridge", True, "'se' or 'none'"),
+        ("structure", "imagenet", "'slides' or 'paper'"),
+        ("transfer_depths", (1, 1, 1, 1, 1, 1), "0 integers"),
     ],
 )
 def test_a_wrong_field_is_named(field, value, expected):
@@ -290,8 +314,32 @@ def test_a_wrong_field_is_named(field, value, expected):
     assert message.startswith(f"{field}={value!r}: expected ") and expected in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("preact", False, "True in the structure 'paper'"),
+        ("tail_shortcut", "repeat", "'conv' in the structure 'paper'"),
+        ("stem_stride", 2, "4 in the structure 'paper'"),
+        ("body_depths", (1, 0, 1), "3 integers of at least 1"),
+        ("head_depths", (1, 1, 1, 1), "3 integers"),
+        ("transfer_depths", (1, 1), "6 integers"),
+    ],
+)
+def test_a_wrong_field_of_the_papers_networks_is_named(field, value, expected):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: expected {expected}")):
+        create_model("fishnet99_imagenet", **{field: value})
+
+
+def test_channels_that_shrink_cannot_be_repeated():
+    with pytest.raises(ValueError, match=r"channels=.*tail_shortcut='repeat'"):
+        create_model("fishnet99", channels=(64, 128, 64, 128), tail_shortcut="repeat")
+
+
 def test_unknown_names():
-    assert set(model_names()) == {"fishnet99", "fishnet150", "fishnet73", "resnet50", "fishnet_tiny"}
+    assert set(model_names()) == {
+        "fishnet99", "fishnet150", "fishnet73", "fishnet99_direct", "resnet50", "fishnet_tiny", "fishnet99_imagenet",
+        "fishnet150_imagenet", "fishnet201_imagenet",
+    }  # fmt: skip
     with pytest.raises(ValueError, match=r"model='fishnet42'.*fishnet99.*resnet50"):
         create_model("fishnet42")
     with pytest.raises(ValueError, match=r"depth: .*tail_depths"):
@@ -364,7 +412,71 @@ def test_in_evaluation_an_image_is_judged_by_itself():
     torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fishnet_tiny", "resnet50"])
+def silence(model):
+    """Every M gives zeros."""
+    for module in model.modules():
+        if hasattr(module, "conv3"):
+            nn.init.zeros_(module.conv3.weight)
+    return model
+
+
+@pytest.mark.parametrize("name", ["fishnet99_direct", "fishnet99"])
+def test_the_direct_network_is_linear_from_the_stem_on(name):
+    """With every M silent, logits are sums, copies and pools of the stem's features: numpy computes them."""
+    channels = 8, 16, 24, 48
+    model = silence(create_model(name, channels=channels)).double()
+    stem = torch.rand(2, 8, 1, 1, dtype=torch.float64).expand(2, 8, 16, 16).clone()  # even maps: a maximum is linear
+    model.stem = nn.Identity()
+    model.config = dataclasses.replace(model.config, in_channels=8)
+    stem.requires_grad_()
+    logits = model(stem)
+    weights = model.fc.weight.detach().numpy()
+
+    x = stem.detach().numpy()[:, :, 0, 0]
+    for c in channels[1:]:
+        x = x[:, np.arange(c) * x.shape[1] // c]
+    for skip in (48, 24, 16):  # the body: nothing comes from the skips' M, and r_2 sums pairs
+        x = np.pad(x, ((0, 0), (0, skip))).reshape(2, -1, 2).sum(2)
+    expected = x @ weights[:, : x.shape[1]].T
+    if name == "fishnet99":
+        assert np.abs(logits.detach().numpy() - expected).max() > 0.1  # its I-convs change them
+        return
+    np.testing.assert_allclose(logits.detach(), expected, rtol=1e-10)
+
+    # The gradient at the stem is that of this identity path: each of its channels' copies, spread over the pixels.
+    logits[:, 3].sum().backward()
+    path = np.eye(8)
+    for c in channels[1:]:
+        path = path[:, np.arange(c) * path.shape[1] // c]
+    for skip in (48, 24, 16):
+        path = np.pad(path, ((0, 0), (0, skip))).reshape(8, -1, 2).sum(2)
+    expected = path @ weights[3, : path.shape[1]]
+    np.testing.assert_allclose(stem.grad.sum((2, 3)), [expected] * 2, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fishnet99", "fishnet_tiny", "fishnet99_imagenet", "resnet50"])
+def test_features_are_the_maps_of_the_stages(name):
+    model = create_model(name).eval()
+    if name == "resnet50":
+        stages = dict(zip(("T1", "T2", "T3", "T4"), model.tail))
+    else:
+        stages = dict(zip(("H1", "H2", "H3", "H4"), (stage.refine for stage in model.head)))
+        stages |= dict(zip(("B4", "B3", "B2"), (stage.refine for stage in model.body)))
+    seen = {}
+    for key, stage in stages.items():
+        stage.register_forward_hook(lambda module, args, output, key=key: seen.update({key: output}))
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps = model.forward_features(images) if name == "resnet50" else model.forward_features(images, body=True)
+        assert list(maps) == list(model.feature_info)
+        for key, x in maps.items():
+            channels, stride = model.feature_info[key]
+            assert x is seen[key] and x.shape == (1, channels, 64 // stride, 96 // stride)
+        if name != "resnet50":
+            assert list(model.forward_features(images)) == ["H1", "H2", "H3", "H4"]
+
+
+@pytest.mark.parametrize("name", ["fishnet_tiny", "resnet50", "fishnet99_direct", "fishnet99_imagenet"])
 @pytest.mark.parametrize("way", ["fx", "export", "compile"])
 def test_can_be_traced(name, way):
     model = create_model(name, **NARROW).eval()

@@ -59,7 +59,7 @@ def test_cost_table_of_the_slides():
     assert resnet.flops + 2 * 10 == 558_188_564
 
 
-@pytest.mark.parametrize("image_size", [32, 80])
+@pytest.mark.parametrize("image_size", [32, 96])
 @pytest.mark.parametrize("name", model_names())
 def test_macs_are_those_of_pytorchs_counter(name, image_size):
     model = meta_model(name).eval()
@@ -180,15 +180,15 @@ def test_stage_sizes_follow_image_and_stem():
 def test_table(run):
     out = run()
     assert [line.split()[0] for line in out.splitlines()] == ["network", *model_names()]
-    assert "fishnet99       17,918,784        1,250.06        2,526.55 " in out
+    assert "fishnet99            17,918,784     1,250.06     2,526.55 " in out
     assert max(map(len, out.splitlines())) < 80
     assert max(map(len, run("--image-size", "16384").splitlines())) < 80
 
 
 def test_stage_table(run):
     lines = run("--stages", "fishnet99").splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["stage", *flops.STAGES, "fc", "sum"]
-    assert lines[-2].split() == ["sum", "99", "17,918,784", "1,250.06"]
+    assert [line.split()[0] for line in lines[: len(flops.STAGES) + 3]] == ["stage", *flops.STAGES, "fc", "sum"]
+    assert lines[len(flops.STAGES) + 2].split() == ["sum", "99", "17,918,784", "1,250.06"]
     assert max(map(len, lines)) < 80
 
 
@@ -226,3 +226,29 @@ def test_as_a_program():
     done = subprocess.run([sys.executable, script, "resnet50", "--image-size", "4"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "flops.py: image side: got 4 x 4, expected multiples of 8\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "flops_of_authors"),
+    [("fishnet99_imagenet", 4.264, 4.30), ("fishnet150_imagenet", 6.398, 6.45), ("fishnet201_imagenet", 10.514, 10.58)],
+)
+def test_the_papers_networks_cost_what_their_authors_say(name, macs, flops_of_authors):
+    """At 224 x 224. What the authors' README calls FLOPs are MACs and the elements of the other layers."""
+    with torch.device("meta"):
+        counts = flops.count(create_model(name))
+    assert counts.macs / 1e9 == pytest.approx(macs, abs=5e-4)
+    assert counts.flops / 2e9 == pytest.approx(flops_of_authors, abs=5e-3)
+
+
+def test_i_convs_are_those_without_which_nothing_passes(run):
+    with torch.device("meta"):
+        models = {name: create_model(name) for name in ("fishnet99", "fishnet99_direct", "fishnet99_imagenet")}
+    stem = ["stem.0", *(f"stem.{i}.conv{j}" for i in (1, 2) for j in (1, 2, 3))]
+    assert flops.i_convs(models["fishnet99"]) == [*stem, *(f"tail.{i}.0.shortcut" for i in range(3))]
+    assert flops.i_convs(models["fishnet99_direct"]) == stem
+    assert flops.i_convs(models["fishnet99_imagenet"]) == [
+        "stem.0", "stem.3", "stem.6", *(f"tail.{i}.0.shortcut.2" for i in range(3)), "tail.3.score.2", "tail.3.score.5",
+        "tail.3.units.0.shortcut.2", "head.3.resample.2",
+    ]  # fmt: skip
+    out = run("--stages", "fishnet99_direct")
+    assert "7 I-convs: stem.0, " in out and max(map(len, out.splitlines())) <= 80

@@ -42,7 +42,8 @@ def test_flags_are_these():
     """A flag is a promise: adding or dropping one is a decision."""
     flags = set(vars(train.parse_args([])))
     assert flags == {
-        "recipe", "dataset", "data_dir", "val_fraction", "augment", "workers", "model", "model_args", "zero_init_last",
+        "recipe", "dataset", "data_dir", "val_fraction", "augment", "workers", "model", "model_args", "pretrained",
+        "zero_init_last",
         "epochs", "max_steps", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs",
         "warmup_epochs", "smoothing", "clip_grad", "patience", "seed", "mixed_precision", "compile", "output_dir",
         "checkpoint_every", "resume", "override", "log_every",
@@ -136,6 +137,31 @@ def test_resume_of_another_run_is_refused(run_train, tmp_path):
     assert load(tmp_path / "run" / "last.pt")["state"]["step"] == 3
 
 
+def test_model_args_reach_the_network_and_a_run_is_bound_to_them(run_train, tmp_path):
+    flags = ("--epochs", "2", "--model-args", "k=4", "bridge=none", "channels=(32, 32, 64, 64)")
+    run_train(tmp_path / "run", *flags, "--max-steps", "1")
+    config = load(tmp_path / "run" / "last.pt")["config"]
+    assert (config["k"], config["bridge"], config["channels"]) == (4, "none", (32, 32, 64, 64))
+    with pytest.raises(SystemExit, match=r"is of another run \(model-args .*'k': 4.* -> \{\}"):
+        run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
+    out = run_train(tmp_path / "run", *flags, "--max-steps", "2", "--resume", "auto")
+    assert "at step 1" in out
+    assert train.parse_args(["--recipe", "strong", "--model-args", "k=1"]).model_args == {"final_norm": True, "k": 1}
+
+
+def test_pretrained_weights_are_where_a_run_starts(run_train, tmp_path):
+    source = train.create_model("fishnet_tiny", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    flags = ("--epochs", "2", "--lr", "0", "--pretrained", str(tmp_path / "weights.pt"))
+    out = run_train(tmp_path / "run", *flags, "--max-steps", "1")
+    assert "the classifier is new: 10 classes, not 7" in out
+    trained = load(tmp_path / "run" / "last.pt")["model"]
+    for name, parameter in source.named_parameters():
+        assert name == "fc.weight" or torch.equal(parameter, trained[name]), name
+    (tmp_path / "weights.pt").unlink()  # a run that goes on does not need them
+    assert "resumed" in run_train(tmp_path / "run", *flags, "--max-steps", "2", "--resume", "auto")
+
+
 def test_override_takes_the_new_flags_and_refuses_another_optimizer(run_train, tmp_path):
     run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "2")
     flags = ("--epochs", "2", "--resume", "auto", "--max-steps", "3", "--override")
@@ -195,6 +221,10 @@ def test_loss_that_is_not_finite_stops_before_saving(run_train, tmp_path):
         (["--val-fraction", "1"], "val-fraction=1.0"),
         (["--mixed-precision", "fp16"], "mixed-precision=fp16: a CPU has none"),
         (["--resume", "nothing.pt"], "nothing.pt: no such checkpoint"),
+        (["--pretrained", "nothing.pt"], "nothing.pt: no such file of weights"),
+        (["--model-args", "k=5"], "k=5: expected a divisor"),
+        (["--model-args", "depth=5"], "depth: no field of FishNetConfig"),
+        (["--model-args", "num_classes=5"], "num_classes: is the dataset's"),
         (["--data-dir", "/dev/null"], "/dev/null"),
     ],
 )

@@ -1,0 +1,290 @@
+"""Weights from elsewhere, and the feature pyramid under torchvision's detectors."""
+
+import json
+import math
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+
+from fishnet import AUTHORS_NAMES, PYTORCHCV_NAMES, UNIT_NAMES, FishNetFPN, create_model, load_pretrained, rename
+
+# ------------------------------------------------------------------------------------------------ names of other files
+# The names of the layers of two other implementations, written down from their files. Each tensor gets numbers that
+# follow from its name; golden_pretrained.json has the logits that those implementations give with these numbers. So a
+# layer that is read under another's name, or a name that their files do not have, changes the logits.
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_pretrained.json").read_text())
+DEPTHS = {  # units of the ten stages, and of the six transfer blocks
+    "fishnet99_imagenet": ((2, 2, 6, 2, 1, 1, 1, 1, 2, 2), (1, 1, 1, 1, 1, 4)),
+    "fishnet150_imagenet": ((2, 4, 8, 4, 2, 2, 2, 2, 2, 4), (2, 2, 2, 2, 2, 4)),
+}
+
+
+def authors_layers(name: str) -> list[str]:
+    depths, transfers = DEPTHS[name]
+    unit = ("bn1", "conv1", "bn2", "conv2", "bn3", "conv3")
+    layers = [f"conv{i}.{j}" for i in (1, 2, 3) for j in (0, 1)]
+    for i, depth in enumerate(depths):
+        trunk = 2 if i == 3 else 0
+        layers += [f"fish.fish.{i}.{trunk}.{block}.{layer}" for block in range(depth) for layer in unit]
+        layers += [f"fish.fish.{i}.{trunk}.0.shortcut.{j}" for j in (0, 2) if i < 4]
+    for i, depth in enumerate(transfers, start=4):
+        layers += [f"fish.fish.{i}.1.{block}.{layer}" for block in range(depth) for layer in unit]
+    layers += [f"fish.fish.3.0.{j}" for j in (0, 2, 3)] + ["fish.fish.3.1"]
+    layers += [f"fish.fish.3.3.0.{j}" for j in (0, 3, 5)]
+    return [*layers, *(f"fish.fish.9.3.{j}" for j in (0, 2, 3)), "fish.fish.9.4.1"]
+
+
+def pytorchcv_layers(name: str) -> list[str]:
+    depths, transfers = DEPTHS[name]
+    layers = [f"features.init_block.conv{i}.{layer}" for i in (1, 2, 3) for layer in ("conv", "bn")]
+    units = [f"down1_seq.unit{i}" for i in (1, 2, 3)], ["skip1_seq.unit4"]
+    units = [*units[0], *units[1], *(f"{part}.unit{i}" for part in ("up_seq", "down2_seq") for i in (1, 2, 3))]
+    units += ["skip1_seq.unit3", "skip1_seq.unit2", "skip1_seq.unit1"]
+    units += ["skip2_seq.unit3", "skip2_seq.unit2", "skip2_seq.unit1"]
+    for unit, depth in zip(units, (*depths, *transfers)):
+        for block in range(1, depth + 1):
+            prefix = f"features.hg.{unit}.blocks.block{block}"
+            layers += [f"{prefix}.body.conv{i}.{layer}" for i in (1, 2, 3) for layer in ("bn", "conv")]
+            if block == 1 and (unit.startswith("down1") or unit == "skip1_seq.unit4"):
+                layers += [f"{prefix}.identity_conv.{layer}" for layer in ("bn", "conv")]
+    bridge = "features.hg.skip1_seq.unit4"
+    layers += [f"{bridge}.conv{i}.{layer}" for i in (1, 2) for layer in ("bn", "conv")]
+    layers += [f"{bridge}.se.{layer}" for layer in ("bn", "conv1", "conv2")]
+    final = "features.final_block"
+    return [*layers, f"{final}.conv1.bn", f"{final}.conv1.conv", f"{final}.preactiv.bn", "output.final_conv"]
+
+
+def numbers(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Weights of any network that follow from its names."""
+    draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) > 1:
+        draw *= math.sqrt(2 * shape[0] / draw.size)
+    elif name.endswith("running_var"):
+        draw = np.exp(draw / 10)
+    else:
+        draw = draw / 10 + name.endswith("weight")
+    return torch.from_numpy(draw).float()
+
+
+def make_file(name: str, layers: list[str], tables: tuple) -> dict[str, torch.Tensor]:
+    """A state_dict with the names of the layers and the shapes of our network's."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in create_model(name).state_dict().items()}
+    content = {}
+    for layer in layers:
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            ours = rename(f"{layer}.{kind}", tables)
+            if ours in shapes:
+                shape = tuple(shapes[ours]) + ((1, 1) if ours == "fc.weight" else ())
+                content[f"{layer}.{kind}"] = numbers(f"{layer}.{kind}", shape)
+    return content
+
+
+def authors_file(name: str) -> dict[str, torch.Tensor]:
+    return make_file(name, authors_layers(name), (*AUTHORS_NAMES, *UNIT_NAMES))
+
+
+def pytorchcv_file(name: str) -> dict[str, torch.Tensor]:
+    return make_file(name, pytorchcv_layers(name), PYTORCHCV_NAMES)
+
+
+def welltrained(content: dict) -> dict:
+    """The names of the authors' second file: two sequences of FishNet-150 are cut elsewhere."""
+    cuts = {
+        "fish.fish.3.0.2.": "fish.fish.3.1.0.", "fish.fish.3.0.3.": "fish.fish.3.1.1.",
+        "fish.fish.3.1.": "fish.fish.3.1.3.", "fish.fish.9.3.2.": "fish.fish.9.4.0.",
+        "fish.fish.9.3.3.": "fish.fish.9.4.1.", "fish.fish.9.4.1.": "fish.fish.9.4.4.",
+    }  # fmt: skip
+
+    def cut(name):
+        for old, new in cuts.items():
+            if name.startswith(old):
+                return name.replace(old, new)
+        return name
+
+    return {cut(name): value for name, value in content.items()}
+
+
+def logits(model: nn.Module) -> np.ndarray:
+    image = np.random.RandomState(0).standard_normal((1, 3, 224, 224))
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(image).float())[0, :10].numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("fishnet99_imagenet", "authors"),
+        ("fishnet150_imagenet", "authors"),
+        ("fishnet150_imagenet", "welltrained"),
+        ("fishnet150_imagenet", "pytorchcv"),
+    ],
+)
+def test_files_of_others_give_the_logits_of_their_networks(tmp_path, name, form):
+    if form == "pytorchcv":
+        torch.save(pytorchcv_file(name), tmp_path / "file.pth")
+    else:
+        state = authors_file(name)
+        state = welltrained(state) if form == "welltrained" else state
+        content = {
+            "epoch": 100, "arch": "fishnet", "best_prec1": torch.tensor(78.0), "optimizer": {},
+            "state_dict": {f"module.{key}": value for key, value in state.items()},
+        }  # fmt: skip
+        # as PyTorch wrote files in 2018
+        torch.save(content, tmp_path / "file.pth", _use_new_zipfile_serialization=form == "welltrained")
+    model = create_model(name)
+    line = load_pretrained(model, tmp_path / "file.pth")
+    total = len(model.state_dict())
+    assert f"{total} of {total} tensors" in line and ("pytorchcv" if form == "pytorchcv" else "authors") in line
+    golden = GOLDEN["pytorchcv" if form == "pytorchcv" else "authors"][name]
+    np.testing.assert_allclose(logits(model), golden, rtol=1e-3, atol=1e-3 * np.abs(golden).max())
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A file of weights of a small network of ten classes, and the network."""
+    path = tmp_path_factory.mktemp("own") / "weights.pt"
+    model = create_model("fishnet_tiny")
+    torch.save(model.state_dict(), path)
+    return path, model
+
+
+def test_another_number_of_classes_drops_the_classifier_alone(own):
+    path, source = own
+    model = create_model("fishnet_tiny", num_classes=3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    line = load_pretrained(model, path)
+    total = len(before)
+    assert f"{total - 1} of {total} tensors" in line and "3 classes, not 10" in line
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key == "fc.weight" else source.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("stem.0.weight"), r"1 of its weights do not fit \d+: stem.0.weight"),
+        (lambda state: state.update(other=torch.zeros(1)), "do not fit .*other"),
+        (lambda state: state.update({"stem.0.weight": torch.zeros(1)}), r"stem.0.weight \(1,\) for \(48, 3, 3, 3\)"),
+        (lambda state: state["fc.weight"].fill_(torch.nan), "fc.weight .* or not finite"),
+        (lambda state: state.update({"fc.weight": torch.zeros(10, 7)}), r"fc.weight \(10, 7\)"),
+        (lambda state: state.update(number=1), "holds no state_dict"),
+        (dict.clear, "holds no state_dict"),
+    ],
+)
+def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path, own, change, message):
+    state = {key: value.clone() for key, value in own[1].state_dict().items()}
+    change(state)
+    torch.save(state, tmp_path / "file.pt")
+    model = create_model("fishnet_tiny")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"file\.pt: .*{message}"):
+        load_pretrained(model, tmp_path / "file.pt")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_file_that_is_none_or_runs_code_is_refused(tmp_path):
+    class Call:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "canary",)
+
+    model = create_model("fishnet_tiny")
+    for legacy in (False, True):
+        torch.save({"state_dict": Call()}, tmp_path / "file.pt", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(ValueError, match=r"file\.pt: not a file of weights"):
+            load_pretrained(model, tmp_path / "file.pt")
+    assert not (tmp_path / "canary").exists()
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pt: not a file of weights"):
+        load_pretrained(model, tmp_path / "text.pt")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt: no such file"):
+        load_pretrained(model, tmp_path / "nothing.pt")
+
+
+# ----------------------------------------------------------------------------------------------------- feature pyramid
+
+
+def drawn_scene(seed: int, size: int = 96) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """An image with a bright rectangle and a bright disc on noise: (3, size, size), and torchvision's target."""
+    rng = np.random.default_rng(seed)
+    image = rng.uniform(0, 0.3, (3, size, size)).astype(np.float32)
+    y, x = np.mgrid[:size, :size]
+    boxes, masks = [], []
+    for label in (1, 2):
+        cx, cy, r = *rng.integers(24, size - 24, 2), int(rng.integers(12, 22))
+        mask = (np.abs(x - cx) < r) & (np.abs(y - cy) < r) if label == 1 else (x - cx) ** 2 + (y - cy) ** 2 < r * r
+        image[:, mask] = rng.uniform(0.5, 1, 3)[:, None]
+        boxes.append([cx - r, cy - r, cx + r, cy + r])
+        masks.append(mask)
+    target = {
+        "boxes": torch.tensor(boxes, dtype=torch.float32),
+        "labels": torch.tensor([1, 2]),
+        "masks": torch.from_numpy(np.stack(masks)).byte(),
+    }
+    return torch.from_numpy(image), target
+
+
+@pytest.mark.parametrize("name", ["fishnet_tiny", "fishnet99_imagenet", "resnet50"])
+def test_pyramid_keeps_torchvisions_contract(name):
+    model = create_model(name, **({} if name == "fishnet_tiny" else {"channels": (16, 32, 64, 128)}))
+    backbone = FishNetFPN(model, out_channels=24)
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert isinstance(maps, OrderedDict) and list(maps) == ["0", "1", "2", "3", "pool"]
+    stride = model.config.stem_stride
+    for level in range(4):
+        assert maps[str(level)].shape == (1, 24, 64 // stride >> level, 96 // stride >> level)
+    assert backbone.out_channels == 24
+
+
+@pytest.mark.parametrize("detector", [FasterRCNN, MaskRCNN])
+def test_detectors_train_and_detect(detector):
+    torch.manual_seed(0)
+    backbone = FishNetFPN(create_model("fishnet_tiny"), out_channels=32)
+    model = detector(
+        backbone, num_classes=3, min_size=96, max_size=96, box_batch_size_per_image=32, rpn_post_nms_top_n_train=100,
+        rpn_post_nms_top_n_test=50,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    images, targets = zip(*(drawn_scene(seed) for seed in range(2)))
+    losses = []
+    for _ in range(4):
+        loss = sum(model(list(images), list(targets)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None for p in backbone.fpn.parameters())
+    with torch.no_grad():
+        found = model.eval()(list(images))
+    for detections in found:
+        assert {"boxes", "labels", "scores"} <= detections.keys() and detections["boxes"].shape[1] == 4
+        assert detector is FasterRCNN or detections["masks"].shape[2:] == (96, 96)
+
+
+def test_a_head_on_the_finest_map_segments():
+    """A 1 x 1 convolution on H1 tells figure from ground after a few steps."""
+    torch.manual_seed(0)
+    model = create_model("fishnet_tiny")
+    head = nn.Conv2d(model.feature_info["H1"].channels, 1, 1)
+    images, targets = zip(*(drawn_scene(seed) for seed in range(4)))
+    images = torch.stack(images)
+    masks = torch.stack([target["masks"].amax(0) for target in targets])[:, None].float()
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], 3e-3)
+    for _ in range(12):
+        maps = F.interpolate(head(model.forward_features(images)["H1"]), scale_factor=2)
+        loss = F.binary_cross_entropy_with_logits(maps, masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    inside = maps > 0
+    iou = ((inside & (masks > 0)).sum() / (inside | (masks > 0)).sum()).item()
+    assert iou > 0.6
