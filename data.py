@@ -277,7 +277,7 @@ def draw_shapes(count: int, seed: int) -> ImageSet:
             cos, sin = (f(angle[index])[:, None, None] / radius[index, None, None] for f in (np.cos, np.sin))
             x, y = x[:, None, :].astype(np.float32), y[:, :, None].astype(np.float32)
             cos, sin = cos.astype(np.float32), sin.astype(np.float32)
-            inside = _inside(SHAPES[label], cos * x + sin * y, cos * y - sin * x)  # (n, 64, 64)
+            inside = inside_figure(SHAPES[label], cos * x + sin * y, cos * y - sin * x)  # (n, 64, 64)
             cover = inside.reshape(-1, 32, 2, 32, 2).mean((2, 4), dtype=np.float32)[:, None]
             image = background[index, :, None, None] * (1 - cover) + colour[index, :, None, None] * cover
             noise = rng.standard_normal(image.shape, np.float32) * 0.06
@@ -285,7 +285,7 @@ def draw_shapes(count: int, seed: int) -> ImageSet:
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def inside_figure(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Where points (x, y) lie in the figure, which lies in the unit circle."""
     ax, ay = np.abs(x), np.abs(y)
     if shape in ("disc", "ring", "half disc", "crescent"):

@@ -154,9 +154,9 @@ def _fits(expected: torch.Tensor, found: object) -> bool:
     )
 
 
-def prepare_cpu(accelerator: Accelerator) -> None:
+def prepare_cpu(device: torch.device) -> None:
     """On a CPU: all cores work, and two things that slow PyTorch down several times are switched off."""
-    if accelerator.device.type != "cpu":
+    if device.type != "cpu":
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # set by accelerate launch and torchrun: it leaves cores idle
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     accelerator = Accelerator()
-    prepare_cpu(accelerator)
+    prepare_cpu(accelerator.device)
     try:
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError(f"batch-size={args.batch_size}, workers={args.workers}: expected at least 1 and 0")

@@ -75,8 +75,8 @@ MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves t
 # What a run's result depends on: a resumed run must agree in them.
 FIXED = (
     "dataset", "val_fraction", "augment", "model", "model_args", "pretrained", "zero_init_last", "epochs",
-    "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad",
-    "seed", "mixed_precision",
+    "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs",
+    "smoothing", "clip_grad", "seed", "mixed_precision",
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model-args", nargs="+", action=ModelArgs, metavar="FIELD=VALUE",
         help="fields of FishNetConfig besides the recipe's, such as k=4 preact=False",
     )  # fmt: skip
-    group.add_argument("--pretrained", metavar="PATH", help="start from these weights: see load_pretrained in fishnet.py")
+    group.add_argument("--pretrained", metavar="PATH", help="start from weights: load_pretrained in fishnet.py")
     group.add_argument("--zero-init-last", action=argparse.BooleanOptionalAction, help="start units as their shortcuts")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, help="length of the learning rate schedule")
@@ -536,7 +536,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     accelerator.gradient_accumulation_steps = args.grad_accum_steps  # an argument would yield to the environment
     args.mixed_precision = accelerator.mixed_precision
-    prepare_cpu(accelerator)
+    prepare_cpu(accelerator.device)
     return accelerator
 
 

@@ -316,7 +316,7 @@ AREAS = {
 def test_figures_have_their_areas(shape):
     assert set(AREAS) == set(data.SHAPES)
     x, y = np.meshgrid(*[(np.arange(1000) + 0.5) / 500 - 1] * 2)
-    inside = data._inside(shape, x, y)
+    inside = data.inside_figure(shape, x, y)
     assert inside.mean() * 4 == pytest.approx(AREAS[shape], rel=0.005)
     assert np.hypot(x, y)[inside].max() <= 1.001
 
