@@ -30,6 +30,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -638,7 +639,12 @@ def run_epochs(run: Run) -> None:
     clean = BatchTransform(data.mean, data.std)
     batch_size = run.args.batch_size // run.args.grad_accum_steps // run.accelerator.num_processes
     while not finished(run):
-        row = train_epoch(run)
+        try:
+            row = train_epoch(run)
+        except BaseException as error:
+            # The frames hold the data workers. Those ignore SIGTERM, by which Python ends what is left at its exit.
+            traceback.clear_frames(error.__traceback__)
+            raise
         whole = state.step == (state.epoch + 1) * run.steps_per_epoch
         if not whole:
             save(run, "last.pt")  # --max-steps ends inside an epoch: from here a longer run goes on
