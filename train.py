@@ -626,7 +626,9 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
         run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
         if run.state.step == 0:
             images = datasets.first_augmented(data, args.augment, args.seed)
-            run.writer.add_image("augmented", datasets.image_grid(images[: len(images) // 8 * 8]))
+            columns = min(8, len(images))
+            images = images[: len(images) // columns * columns]
+            run.writer.add_image("augmented", datasets.image_grid(images, columns))
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
         text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
         write_atomic(output_dir / "args.json", text.encode())

@@ -272,6 +272,13 @@ def test_an_unreadable_image_stops_the_run_with_one_line(run_folder, copy, tmp_p
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_six_images_are_a_dataset(run_folder, tmp_path):
+    for name in ("a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"):
+        draw(tmp_path / "train" / name)
+    out = run_folder(tmp_path, "run", "-b", "4", "--epochs", "1")
+    assert "6 training and 0 validation images" in out
+
+
 def test_train_evaluate_and_predict(run_folder, run_evaluate, copy, tmp_path):
     out = run_folder(copy, "run", "--epochs", "1", "--max-steps", "2")
     best = tmp_path / "run" / "best.pt"
