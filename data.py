@@ -681,7 +681,7 @@ def image_grid(images: Tensor, columns: int = 8) -> Tensor:
 def first_augmented(data: Data, augment: str, seed: int = 0) -> Tensor:
     """The first 64 training images, or all, as epoch 0 may show them to a model: float (N, 3, H, W) in [0, 1]."""
     data.train.epoch = None if augment == "none" else 0
-    images, _ = data.train.__getitems__(list(range(min(64, len(data.train)))))
+    images = torch.stack([data.train[index][0] for index in range(min(64, len(data.train)))])
     transform = BatchTransform((0, 0, 0), (1, 1, 1), train_transforms(augment, data.train))
     return transform(images, seeded_generator(seed)).clamp(0, 1)
 
