@@ -1,12 +1,14 @@
-"""Data: CIFAR-10 and CIFAR-100, drawn shapes, the split, the order of samples, and augmentation of whole batches.
+"""Data: CIFAR, drawn shapes, folders of images; the split, the order of samples, augmentation of whole batches.
 
     python data.py --dataset shapes --grid grid.png      # the first 64 images, raw and augmented, with class names
     python data.py --dataset cifar10 --stats             # mean, std and principal components of the pixels
     python data.py --dataset cifar10 --time              # images/s of the augmentation, beside torchvision's
+    python data.py --dataset folder --data-dir DIR --check   # read every image; list those that cannot be read
 
 Images stay uint8 (N, 3, H, W) until a batch is on its device. There a `BatchTransform` scales them to [0, 1], augments
-them with one random draw an image, and normalises them. Nothing random has a state: the order of an epoch follows from
-(seed, epoch), a batch's augmentation from (seed, epoch, step, shard), so a run can continue at any step.
+them with one random draw an image, and normalises them. Images of a folder differ in size: they are cropped where they
+are read. Nothing random has a state: the order of an epoch follows from (seed, epoch), the crop of a file from (seed,
+epoch, index), a batch's augmentation from (seed, epoch, step, shard), so a run can continue at any step.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +62,21 @@ CIFAR = {
         b"fine_labels", b"fine_label_names", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100,
     ),
 }  # fmt: skip
-DATASETS = (*CIFAR, "shapes")
+DATASETS = (*CIFAR, "shapes", "folder")
 SHAPES = ("disc", "ring", "half disc", "crescent", "triangle", "square", "bar", "cross", "star", "corner")
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
+
+# Of ImageNet's pixels in [0, 1], for every folder of images: mean, std, and for FancyPCA eigenvalues and, as columns,
+# eigenvectors.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_EIGENVALUES = (0.2175, 0.0188, 0.0045)
+IMAGENET_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
 class ImageSet(Dataset):
     """Images uint8 (N, 3, H, W) and labels int64 (N,) in memory; a list of indices gives a whole batch at once."""
+
+    epoch: int | None = None  # FolderSet crops by it; whole images are cropped later, by the batch
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -80,6 +91,9 @@ class ImageSet(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
 
+    def subset(self, indices: Tensor) -> "ImageSet":
+        return ImageSet(self.images[indices], self.labels[indices])
+
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """For a DataLoader's collate_fn: __getitems__ already made a batch."""
@@ -90,21 +104,30 @@ class ImageSet(Dataset):
 class Data:
     """A dataset, split; class names in the order of the labels; mean and std of RGB in [0, 1]."""
 
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
+    train: "ImageSet | FolderSet"
+    val: "ImageSet | FolderSet"
+    test: "ImageSet | FolderSet"
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-def load_data(dataset: str, data_dir: str | Path = "data", val_fraction: float = 0.2, seed: int = 0) -> Data:
+def load_data(
+    dataset: str,
+    data_dir: str | Path = "data",
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    image_size: int | None = 224,
+) -> Data:
     """The dataset by its name, a stratified val_fraction of its training images set apart by the seed.
 
-    ValueError or OSError with one clear line: unknown dataset, fraction outside [0, 1), missing or wrong files.
+    Only a folder reads image_size, the side of its crops; one that has val/ keeps train/ whole. ValueError or OSError
+    with one clear line: unknown dataset, fraction outside [0, 1), missing or wrong files.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val-fraction={val_fraction}: expected 0 <= val-fraction < 1")
+    if dataset == "folder":
+        return load_folder(Path(data_dir), val_fraction, seed, image_size)
     if dataset == "shapes":
         train, test, classes = draw_shapes(SHAPES_TRAIN, seed=0), draw_shapes(SHAPES_TEST, seed=1), SHAPES
         mean, std = pixel_mean_std(train.images)
@@ -113,8 +136,7 @@ def load_data(dataset: str, data_dir: str | Path = "data", val_fraction: float =
         mean, std = CIFAR[dataset].mean, CIFAR[dataset].std
     else:
         raise ValueError(f"dataset={dataset!r}: expected one of {', '.join(DATASETS)}")
-    train_index, val_index = stratified_split(train.labels, val_fraction, seed)
-    train, val = (ImageSet(*train.__getitems__(index)) for index in (train_index, val_index))
+    train, val = map(train.subset, stratified_split(train.labels, val_fraction, seed))
     return Data(train, val, test, classes, mean, std)
 
 
@@ -224,8 +246,18 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif
 MAX_PIXELS = 64 * 2**20
 
 
+class ImageFileError(ValueError):
+    """A file that cannot be read as an image; one line.
+
+    A DataLoader's worker hands an exception on with its traceback as the message: of that, the last line.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().rstrip().rpartition("\n")[2].rpartition("ImageFileError: ")[2]
+
+
 def read_image(path: str | Path) -> Tensor:
-    """An image file as its viewer shows it: uint8 RGB (3, H, W). ValueError, naming the file: it cannot be read.
+    """An image file as its viewer shows it: uint8 RGB (3, H, W). ImageFileError, naming the file: it cannot.
 
     The first frame of an animation, turned as EXIF says; 16-bit grey is scaled to 8 bits; transparent pixels lie on
     white; CMYK, palettes and other colours become RGB by Pillow's formulas, without colour profiles. Refused: formats
@@ -247,7 +279,137 @@ def read_image(path: str | Path) -> Tensor:
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # decoders raise many kinds for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as an image ({reason})") from None
+        raise ImageFileError(f"{path}: cannot be read as an image ({reason})") from None
+
+
+def image_fault(path: str | Path) -> str | None:
+    """Why a file cannot be read as an image, in one line that names it; None: it can."""
+    try:
+        read_image(path)
+    except ImageFileError as error:
+        return str(error)
+
+
+# ------------------------------------------------------------------------------------------------ folders of images
+
+
+def list_images(folder: Path) -> dict[str, list[str]]:
+    """{class: its files} of folder/<class>/**, both sorted; whatever has a name that begins with a dot is left out.
+
+    FileNotFoundError or ValueError, naming the folder: not there, fewer than two classes, a class without images.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: expected a folder of images for each class in it")
+    classes = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        classes[entry.name] = sorted(
+            str(path)
+            for path in entry.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(entry).parts)
+            and not path.is_dir()
+        )
+        if not classes[entry.name]:
+            raise ValueError(f"{entry}: no images in it, expected {' '.join(IMAGE_SUFFIXES)}; fill it or remove it")
+    if len(classes) < 2:
+        raise ValueError(f"{folder}: {len(classes)} folders in it, expected one for each of two classes or more")
+    return classes
+
+
+def load_folder(root: Path, val_fraction: float, seed: int, size: int) -> Data:
+    """root/train/<class>/**, the same in root/val or else a part of train, and in root/test, or else an empty set.
+
+    FileNotFoundError or ValueError, naming the folder: a fault that list_images finds, or other classes than train's.
+    """
+    found = {"train": list_images(root / "train"), "val": {}, "test": {}}
+    classes = tuple(found["train"])
+    for split in ("val", "test"):
+        if not (root / split).is_dir():
+            continue
+        found[split] = list_images(root / split)
+        faults = {"missing": set(classes) - set(found[split]), "unknown": set(found[split]) - set(classes)}
+        if any(faults.values()):
+            text = "; ".join(f"{fault}: {', '.join(sorted(names))}" for fault, names in faults.items() if names)
+            raise ValueError(f"{root / split}: its classes are not those of {root / 'train'} ({text})")
+    sets = {}
+    for split, files in found.items():
+        labels = [label for label, name in enumerate(files) for _ in files[name]]
+        paths = [path for name in files for path in files[name]]
+        sets[split] = FolderSet(root, paths, torch.tensor(labels, dtype=torch.int64), size, seed)
+    if not found["val"]:
+        sets["train"], sets["val"] = map(
+            sets["train"].subset, stratified_split(sets["train"].labels, val_fraction, seed)
+        )
+    return Data(**sets, classes=classes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+class FolderSet(Dataset):
+    """Files (N,) of images and labels int64 (N,): as ImageSet, but an image is read and cropped when it is asked for.
+
+    Its crop uint8 (3, size, size) is `centre_crop`'s while `epoch` is None. In an epoch it is a random part of the
+    image that follows from (seed, epoch, index) alone, whichever process reads it and whatever was read before.
+    ImageFileError, naming the file: it cannot be read.
+    """
+
+    collate = staticmethod(ImageSet.collate)
+
+    def __init__(self, root: Path, files: list[str], labels: Tensor, size: int, seed: int) -> None:
+        self.root = root
+        self.files = files
+        self.labels = labels
+        self.size = size
+        self.seed = seed
+        self.epoch: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        try:
+            image = read_image(self.files[index])
+        except ImageFileError as error:
+            check = f"python data.py --dataset folder --data-dir {self.root} --check"
+            raise ImageFileError(f"{error}; {check} lists all such files") from None
+        if self.epoch is None:
+            return centre_crop(image, self.size), self.labels[index]
+        box = random_box(*image.shape[1:], seeded_generator(self.seed, self.epoch, index))
+        return TF.resized_crop(image, *box, [self.size, self.size], antialias=True), self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*(self[index] for index in indices))
+        return torch.stack(images), torch.stack(labels)
+
+    def subset(self, indices: Tensor) -> "FolderSet":
+        files = [self.files[index] for index in indices.tolist()]
+        return FolderSet(self.root, files, self.labels[indices], self.size, self.seed)
+
+
+def centre_crop(image: Tensor, size: int, ratio: float = 0.875) -> Tensor:
+    """uint8 (3, H, W), its short side resized to size / ratio, antialiased -> the centre (3, size, size)."""
+    height, width = image.shape[1:]
+    # A line of 1 x 10^6 pixels would grow to gigabytes: of what is longer than 8 squares, the middle.
+    image = TF.center_crop(image, [min(height, 8 * width), min(width, 8 * height)])
+    image = TF.resize(image, [round(size / ratio)], antialias=True)
+    return TF.center_crop(image, [size, size])
+
+
+def random_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random part of an image: torchvision's RandomResizedCrop, draw for draw.
+
+    8 to 100 % of the area at an aspect of 3/4 to 4/3, drawn anew up to ten times until it fits into the image; then
+    the largest part from the middle that has such an aspect.
+    """
+    for _ in range(10):
+        area = height * width * torch.empty(1).uniform_(0.08, 1, generator=generator).item()
+        aspect = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator).item())
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = (torch.randint(room + 1, (1,), generator=generator).item() for room in (height - h, width - w))
+            return top, left, h, w
+    h, w = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 # --------------------------------------------------------------------------------------------------------- shapes
@@ -472,12 +634,18 @@ class BatchTransform:
         return TF.normalize(images, self.mean, self.std, inplace=True)
 
 
-def train_transforms(augment: str, images: Tensor) -> list[Transform]:
-    """`slides`: random resized crop, flip, Fancy PCA fitted on images. `standard`: padded crop and flip. `none`."""
+def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transform]:
+    """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `none`.
+
+    A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` the flip.
+    """
+    folder = isinstance(train, FolderSet)
+    if augment == "slides" and folder:
+        return [RandomHorizontalFlip(), FancyPCA(IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS)]
     if augment == "slides":
-        return [RandomResizedCrop(images.shape[-1]), RandomHorizontalFlip(), FancyPCA.fit(images)]
+        return [RandomResizedCrop(train.images.shape[-1]), RandomHorizontalFlip(), FancyPCA.fit(train.images)]
     if augment == "standard":
-        return [RandomCrop(), RandomHorizontalFlip()]
+        return [RandomHorizontalFlip()] if folder else [RandomCrop(), RandomHorizontalFlip()]
     if augment == "none":
         return []
     raise ValueError(f"augment={augment!r}: expected slides, standard or none")
@@ -510,17 +678,24 @@ def image_grid(images: Tensor, columns: int = 8) -> Tensor:
     return images.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, -1, columns * w)
 
 
-def draw_grid(data: Data, transforms: list[Transform], scale: int = 2) -> Image.Image:
-    """The first 64 training images with their class names: raw on the left, augmented on the right."""
+def first_augmented(data: Data, augment: str, seed: int = 0) -> Tensor:
+    """The first 64 training images, or all, as epoch 0 may show them to a model: float (N, 3, H, W) in [0, 1]."""
+    data.train.epoch = None if augment == "none" else 0
+    images = torch.stack([data.train[index][0] for index in range(min(64, len(data.train)))])
+    transform = BatchTransform((0, 0, 0), (1, 1, 1), train_transforms(augment, data.train))
+    return transform(images, seeded_generator(seed)).clamp(0, 1)
+
+
+def draw_grid(data: Data, augment: str) -> Image.Image:
+    """The first 64 training images with their class names: on the left as in validation, on the right augmented."""
     n = min(64, len(data.train))
     images, labels = data.train.__getitems__(list(range(n)))
-    augmented = BatchTransform((0, 0, 0), (1, 1, 1), transforms)(images, seeded_generator(0))
-    halves = images, (augmented.clamp(0, 1) * 255).round().byte()
-    side, line = images.shape[-1] * scale, 14
+    halves = images, (first_augmented(data, augment) * 255).round().byte()
+    side, line = max(64, images.shape[-1]), 14
     width, height = 8 * (side + 8), math.ceil(n / 8) * (side + line + 4)
     picture = Image.new("RGB", (2 * width + 24, height + 24), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=10)
-    for half, title in enumerate(("as stored", "augmented")):
+    for half, title in enumerate(("as in validation", "augmented")):
         x0 = half * (width + 24) + 4
         draw.text((x0, 4), title, "black", ImageFont.load_default(size=14))
         for i, (image, label) in enumerate(zip(halves[half], labels.tolist())):
@@ -537,7 +712,7 @@ def time_augmentation(data: Data, rounds: int = 30) -> tuple[float, float]:
     Medians of the rounds; each round does one batch both ways. The first, which warms up, does not count.
     """
     images = data.train.images[:256]
-    batches = BatchTransform(data.mean, data.std, train_transforms("slides", data.train.images))
+    batches = BatchTransform(data.mean, data.std, train_transforms("slides", data.train))
     single = v2.Compose([
         v2.RandomResizedCrop(images.shape[-1], scale=(0.5, 1.0), ratio=(1.0, 1.0), antialias=True),
         v2.RandomHorizontalFlip(),
@@ -556,39 +731,69 @@ def time_augmentation(data: Data, rounds: int = 30) -> tuple[float, float]:
     return tuple((len(images) / np.median(seconds[1:], axis=0)).tolist())
 
 
+def print_stats(dataset: str, data: Data) -> None:
+    """Counts, and the constants of normalisation and Fancy PCA: the training pixels' own, for a folder ImageNet's."""
+    folder = dataset == "folder"
+    mean, std = (data.mean, data.std) if folder else pixel_mean_std(data.train.images)
+    pca = train_transforms("slides", data.train)[-1]
+    sets = {"training": data.train, "validation": data.val, "test": data.test}
+    sizes = " and ".join(f"{len(images)} {name}" for name, images in sets.items() if len(images))
+    counts = collections.Counter(data.train.labels.tolist())
+    print(f"{dataset}: {sizes} images, {len(data.classes)} classes")
+    print(f"images a class  {min(counts.values())} to {max(counts.values())}")
+    for label, name in enumerate(data.classes):
+        print(f"  {counts[label]:>7}  {name:.70}")
+    if folder:
+        print("of ImageNet, as training uses them:")
+    print("mean            " + "  ".join(f"{v:7.4f}" for v in mean))
+    print("std             " + "  ".join(f"{v:7.4f}" for v in std))
+    for value, vector in zip(pca.eigenvalues.tolist(), pca.eigenvectors.T.tolist()):
+        print(f"eigenvalue {value:.4f}, eigenvector " + "  ".join(f"{v:7.4f}" for v in vector))
+
+
+def print_faults(data: Data) -> int:
+    """A line for each file of a folder that cannot be read, then the counts; returns how many they are."""
+    files = [file for images in (data.train, data.val, data.test) for file in images.files]
+    faults = 0
+    with ProcessPoolExecutor() as pool:
+        for fault in filter(None, pool.map(image_fault, files, chunksize=16)):
+            print(fault, flush=True)
+            faults += 1
+    print(f"{len(files)} images, {faults} of them cannot be read")
+    return faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at a dataset.")
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
-    parser.add_argument("--data-dir", default="data", help="where the CIFAR folders are (default: %(default)s)")
+    parser.add_argument("--data-dir", default="data", help="where the files are (default: %(default)s)")
     parser.add_argument("--augment", choices=("slides", "standard", "none"), default="slides", help="for --grid")
     parser.add_argument("--grid", metavar="PNG", help="write the first 64 images, raw and augmented")
     parser.add_argument("--stats", action="store_true", help="print mean, std and principal components of the pixels")
     parser.add_argument("--time", action="store_true", help="print images/s of the `slides` augmentation")
+    parser.add_argument("--check", action="store_true", help="read all images of a folder, list those that cannot be")
     args = parser.parse_args()
-    if not (args.grid or args.stats or args.time):
-        parser.error("nothing to do: give --grid PNG, --stats or --time")
+    if not (args.grid or args.stats or args.time or args.check):
+        parser.error("nothing to do: give --grid PNG, --stats, --time or --check")
+    if args.time and args.dataset == "folder":
+        parser.error("--time: measures images in memory; take another --dataset")
+    if args.check and args.dataset != "folder":
+        parser.error("--check: reads image files; take --dataset folder")
     try:
         data = load_data(args.dataset, args.data_dir, val_fraction=0)
         if args.grid:
-            draw_grid(data, train_transforms(args.augment, data.train.images)).save(args.grid)
+            draw_grid(data, args.augment).save(args.grid)
             print(f"{args.grid}: the first {min(64, len(data.train))} of {len(data.train)} training images")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
     if args.stats:
-        counts = collections.Counter(data.train.labels.tolist())
-        mean, std = pixel_mean_std(data.train.images)
-        pca = FancyPCA.fit(data.train.images)
-        sizes = f"{len(data.train)} training and {len(data.test)} test images"
-        print(f"{args.dataset}: {sizes}, {len(data.classes)} classes")
-        print(f"images a class  {min(counts.values())} to {max(counts.values())}")
-        print("mean            " + "  ".join(f"{v:7.4f}" for v in mean))
-        print("std             " + "  ".join(f"{v:7.4f}" for v in std))
-        for value, vector in zip(pca.eigenvalues.tolist(), pca.eigenvectors.T.tolist()):
-            print(f"eigenvalue {value:.4f}, eigenvector " + "  ".join(f"{v:7.4f}" for v in vector))
+        print_stats(args.dataset, data)
     if args.time:
         batches, single = time_augmentation(data)
         print(f"augmentation on one thread, images/s: whole batches {batches:,.0f}, torchvision image by image "
               f"{single:,.0f}, ratio {batches / single:.1f}")
+    if args.check:
+        sys.exit(1 if print_faults(data) else 0)
 
 
 if __name__ == "__main__":

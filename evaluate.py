@@ -1,9 +1,11 @@
-"""Evaluation: loss, top-1 and top-5 error of a checkpoint, every image counted once on any number of processes.
+"""Evaluation: loss, top-1 and top-5 error of a checkpoint, every image counted once; predictions for image files.
 
     python evaluate.py runs/NAME/best.pt                     # test set; the dataset is the checkpoint's
     python evaluate.py runs/NAME/best.pt --split val --json  # one JSON object instead of the table
+    python evaluate.py runs/NAME/best.pt cat.jpg dog.png     # the most probable classes of each file
 
-Model, class names and normalisation come from the checkpoint. Errors are fractions in JSON, per cent in the table.
+Model, class names, image size and normalisation come from the checkpoint. Errors and probabilities are fractions in
+JSON, per cent in the table.
 """
 
 import argparse
@@ -18,10 +20,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from data import DATASETS, BatchTransform, ImageSet, load_data
+from data import (
+    DATASETS,
+    BatchTransform,
+    Data,
+    FolderSet,
+    ImageFileError,
+    ImageSet,
+    centre_crop,
+    load_data,
+    read_image,
+)
 from fishnet import create_model
 
 CHECKPOINT_FORMAT = 1
@@ -30,6 +42,7 @@ CHECKPOINT_KEYS = {
     "args": dict, "state": dict,
 }  # fmt: skip
 ARGS_KEYS = {"dataset": str, "data_dir": str, "val_fraction": (int, float), "seed": int}
+FOLDER_ARGS_KEYS = ARGS_KEYS | {"image_size": int}
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Metrics:
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    images: ImageSet,
+    images: ImageSet | FolderSet,
     transform: BatchTransform,
     num_classes: int,
     batch_size: int = 256,
@@ -69,10 +82,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     for batch, labels in loader:
-        batch, labels = transform(batch.to(accelerator.device)), labels.to(accelerator.device)
-        with accelerator.autocast():
-            # .forward goes round a compiled model's graph, which another batch size would compile anew.
-            logits = model.forward(batch.contiguous(memory_format=torch.channels_last)).float()
+        logits, labels = forward(accelerator, model, batch, transform), labels.to(accelerator.device)
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         hits = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (N, 5), true at most once a row
         for row, counted in enumerate((torch.ones_like(labels, dtype=torch.bool), hits[:, 0], hits.any(1))):
@@ -91,6 +101,32 @@ def evaluate(
         class_errors=tuple((n - hits) / n if n else 0.0 for n, hits in zip(class_images, class_hits)),
         class_images=tuple(class_images),
     )
+
+
+def forward(accelerator: Accelerator, model: nn.Module, images: Tensor, transform: BatchTransform) -> Tensor:
+    """Logits, float32 (N, classes) on the device, of images uint8 (N, 3, H, W)."""
+    images = transform(images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast():
+        # .forward goes round a compiled model's graph, which another batch size would compile anew.
+        return model.forward(images).float()
+
+
+@torch.no_grad()
+def predict(
+    accelerator: Accelerator, model: nn.Module, image: Tensor, transform: BatchTransform, classes: list[str]
+) -> list[tuple[str, float]]:
+    """The five most probable classes of an image uint8 (3, H, W), or all if they are fewer, with probabilities."""
+    model.eval()
+    probabilities = forward(accelerator, model, image[None], transform)[0].softmax(0)
+    top = probabilities.topk(min(5, len(classes)))
+    return [(classes[label], p) for label, p in zip(top.indices.tolist(), top.values.tolist())]
+
+
+def input_size(checkpoint: dict) -> tuple[int, float]:
+    """The side of a checkpoint's images, and the part of an image's short side that it is: for centre_crop."""
+    if checkpoint["args"]["dataset"] == "folder":
+        return checkpoint["args"]["image_size"], 0.875
+    return 32, 1.0  # CIFAR and shapes are seen whole
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -116,7 +152,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")
     wrong = [key for key, kind in CHECKPOINT_KEYS.items() if not isinstance(checkpoint.get(key), kind)]
     if not wrong:
-        wrong = [key for key, kind in ARGS_KEYS.items() if not isinstance(checkpoint["args"].get(key), kind)]
+        keys = FOLDER_ARGS_KEYS if checkpoint["args"].get("dataset") == "folder" else ARGS_KEYS
+        wrong = [key for key, kind in keys.items() if not isinstance(checkpoint["args"].get(key), kind)]
         wrong += [key for key in ("mean", "std") if list(map(type, checkpoint[key])) != [float] * 3]
         wrong += [key for key in ("classes", "config") if not all(type(name) is str for name in checkpoint[key])]
     if wrong:
@@ -146,9 +183,9 @@ def check_weights(model: nn.Module, found: dict, where: str) -> None:
         raise ValueError(f"{where}: {len(odd)} weights do not fit the model or are not finite: {shown}")
 
 
-def _fits(expected: torch.Tensor, found: object) -> bool:
+def _fits(expected: Tensor, found: object) -> bool:
     return (
-        isinstance(found, torch.Tensor)
+        isinstance(found, Tensor)
         and (found.shape, found.dtype) == (expected.shape, expected.dtype)
         and bool(found.isfinite().all())
     )
@@ -171,39 +208,85 @@ def prepare_cpu(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Loss and error of a checkpoint.")
+    parser = argparse.ArgumentParser(description="Loss and error of a checkpoint, or its predictions for image files.")
     parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
+    parser.add_argument("files", nargs="*", metavar="image", help="predict these instead of evaluating a dataset")
     parser.add_argument("--dataset", choices=DATASETS, help="default: the one it was trained on")
     parser.add_argument("--data-dir", help="default: as in training")
-    parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument("--split", choices=("test", "val"), help="default: test")
     parser.add_argument("-b", "--batch-size", type=int, default=256, help="of each process (default: %(default)s)")
     parser.add_argument("-j", "--workers", type=int, default=0, help="data processes (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    for name in ("dataset", "data_dir", "split", "batch_size", "workers"):
+        if args.files and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: for evaluating a dataset, while image files are given")
+    args.split = args.split or "test"
     accelerator = Accelerator()
     prepare_cpu(accelerator.device)
     try:
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError(f"batch-size={args.batch_size}, workers={args.workers}: expected at least 1 and 0")
         checkpoint = load_checkpoint(args.checkpoint)
-        trained = checkpoint["args"]
-        dataset = args.dataset or trained["dataset"]
-        with accelerator.local_main_process_first():
-            data = load_data(dataset, args.data_dir or trained["data_dir"], trained["val_fraction"], trained["seed"])
-        if list(data.classes) != checkpoint["classes"]:
-            raise ValueError(f"dataset={dataset}: its classes are not those of {args.checkpoint}")
-        images = getattr(data, args.split)
-        if not len(images):
-            raise ValueError(f"split={args.split}: empty, since the run had --val-fraction 0")
+        args.dataset = args.dataset or checkpoint["args"]["dataset"]
+        data = None if args.files else load_evaluated(args, checkpoint, accelerator)
         model = load_model(checkpoint).to(accelerator.device, memory_format=torch.channels_last)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
 
     transform = BatchTransform(checkpoint["mean"], checkpoint["std"])
-    m = evaluate(accelerator, model, images, transform, len(data.classes), args.batch_size, args.workers)
+    if args.files:
+        whole = not accelerator.is_main_process or predict_files(args, accelerator, model, checkpoint, transform)
+        leave(accelerator)
+        sys.exit(0 if whole else 1)
+    images, batch_size = getattr(data, args.split), args.batch_size
+    try:
+        m = evaluate(accelerator, model, images, transform, len(data.classes), batch_size, args.workers)
+    except ImageFileError as error:
+        sys.exit(f"evaluate.py: {error}")
     if accelerator.is_main_process:
-        print_metrics(m, checkpoint["name"], args.split, dataset, data.classes, args.json)
+        print_metrics(m, checkpoint["name"], args.split, args.dataset, data.classes, args.json)
     leave(accelerator)
+
+
+def load_evaluated(args: argparse.Namespace, checkpoint: dict, accelerator: Accelerator) -> Data:
+    """The flags' dataset, or else the checkpoint's. ValueError or OSError: faults, other classes, an empty split."""
+    trained = checkpoint["args"]
+    data_dir = args.data_dir or trained["data_dir"]
+    with accelerator.local_main_process_first():  # one process downloads, the others read
+        size, _ = input_size(checkpoint)
+        data = load_data(args.dataset, data_dir, trained["val_fraction"], trained["seed"], size)
+    if list(data.classes) != checkpoint["classes"]:
+        raise ValueError(f"dataset={args.dataset}: its classes are not those of {args.checkpoint}")
+    if not len(getattr(data, args.split)):
+        reason = f"{data_dir}/test is not there; take --split val"
+        if args.split == "val":
+            reason = f"the run had --val-fraction {trained['val_fraction']:g}"
+        raise ValueError(f"split={args.split}: empty, since {reason}")
+    return data
+
+
+def predict_files(
+    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, checkpoint: dict, transform: BatchTransform
+) -> bool:
+    """Print the most probable classes of each file, or one JSON object; a line on stderr for each that is no image.
+
+    False: there was such a file.
+    """
+    predictions = []
+    for file in args.files:
+        try:
+            image = centre_crop(read_image(file), *input_size(checkpoint))
+        except ImageFileError as error:
+            print(f"evaluate.py: {error}", file=sys.stderr, flush=True)
+            continue
+        top = predict(accelerator, model, image, transform, checkpoint["classes"])
+        predictions.append({"file": file, "top": [{"class": name, "probability": p} for name, p in top]})
+        if not args.json:
+            print(file, *(f"  {p:7.2%}  {name:.68}" for name, p in top), sep="\n", flush=True)
+    if args.json:
+        print(json.dumps({"predictions": predictions}))
+    return len(predictions) == len(args.files)
 
 
 def print_metrics(m: Metrics, model: str, split: str, dataset: str, classes: tuple[str, ...], as_json: bool) -> None:

@@ -8,10 +8,10 @@
 Prints a progress bar (on a terminal) and a line an epoch. Writes to --output-dir: last.pt and the one before it,
 previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoard events.
 
-A run is a function of its arguments: the order of samples follows from (seed, epoch), the augmentation of a batch from
-(seed, epoch, step, shard), the learning rate from the step. So last.pt holds all that a run is: weights, optimizer,
-and the few numbers of `RunState`; and a global batch means the same on one process or eight. SIGTERM and SIGINT end a
-run after the step it is in, with a checkpoint.
+A run is a function of its arguments: the order of samples follows from (seed, epoch), the crop of a file from (seed,
+epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate from the step. So last.pt
+holds all that a run is: weights, optimizer, and the few numbers of `RunState`; and a global batch means the same on one
+process or eight. SIGTERM and SIGINT end a run after the step it is in, with a checkpoint.
 """
 
 import signal
@@ -30,6 +30,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -74,7 +75,7 @@ MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves t
 
 # What a run's result depends on: a resumed run must agree in them.
 FIXED = (
-    "dataset", "val_fraction", "augment", "model", "model_args", "pretrained", "zero_init_last", "epochs",
+    "dataset", "val_fraction", "augment", "image_size", "model", "model_args", "pretrained", "zero_init_last", "epochs",
     "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs",
     "smoothing", "clip_grad", "seed", "mixed_precision",
 )  # fmt: skip
@@ -104,7 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", choices=RECIPES, default="baseline", help="the defaults of the flags below")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=datasets.DATASETS, help="what to train on")
-    group.add_argument("--data-dir", default="data", help="where the CIFAR folders are, or are downloaded to")
+    group.add_argument("--data-dir", default="data", help="where the CIFAR folders are or go; or your train and val")
+    group.add_argument("--image-size", type=int, default=224, help="side of the crops of --dataset folder, in pixels")
     group.add_argument("--val-fraction", type=float, help="part of each class of the training set kept for validation")
     group.add_argument("--augment", choices=("slides", "standard", "none"), help="see train_transforms in data.py")
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
@@ -142,7 +144,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False)  # so that --help shows the defaults of the recipe
     first.add_argument("--recipe", default="baseline")
     parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.dataset != "folder":
+        args.image_size = None  # CIFAR and shapes have theirs: nothing depends on the flag
+    return args
 
 
 def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -419,6 +424,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         disable=not sys.stderr.isatty(),
     )  # fmt: skip
     run.model.train()
+    run.data.train.epoch = None if args.augment == "none" else state.epoch  # before the workers get their copies
     started = time.perf_counter()
     batches = iter(run.loader)
     before = None
@@ -587,9 +593,8 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     output_dir = make_output_dir(args, accelerator)
     lock = lock_output_dir(output_dir) if accelerator.is_main_process else None
     with accelerator.local_main_process_first():  # one process downloads, the others read
-        data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed)
-    transforms = datasets.train_transforms(args.augment, data.train.images)
-    transform = BatchTransform(data.mean, data.std, transforms)
+        data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
+    transform = BatchTransform(data.mean, data.std, datasets.train_transforms(args.augment, data.train))
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(
         data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
@@ -602,6 +607,9 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
 
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=len(data.classes), **args.model_args)
+    stride = model.config.stride
+    if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
+        raise ValueError(f"image-size={args.image_size}: expected a multiple of {stride}, the stride of {args.model}")
     model = model.to(memory_format=torch.channels_last)
     if args.zero_init_last:
         zero_init_last(model)
@@ -621,9 +629,10 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     if accelerator.is_main_process:
         run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
         if run.state.step == 0:
-            plain = BatchTransform((0, 0, 0), (1, 1, 1), transforms)
-            images = plain(data.train.images[:64], seeded_generator(args.seed)).clamp(0, 1)
-            run.writer.add_image("augmented", datasets.image_grid(images[: len(images) // 8 * 8]))
+            images = datasets.first_augmented(data, args.augment, args.seed)
+            columns = min(8, len(images))
+            images = images[: len(images) // columns * columns]
+            run.writer.add_image("augmented", datasets.image_grid(images, columns))
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
         text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
         write_atomic(output_dir / "args.json", text.encode())
@@ -636,7 +645,12 @@ def run_epochs(run: Run) -> None:
     clean = BatchTransform(data.mean, data.std)
     batch_size = run.args.batch_size // run.args.grad_accum_steps // run.accelerator.num_processes
     while not finished(run):
-        row = train_epoch(run)
+        try:
+            row = train_epoch(run)
+        except BaseException as error:
+            # The frames hold the data workers. Those ignore SIGTERM, by which Python ends what is left at its exit.
+            traceback.clear_frames(error.__traceback__)
+            raise
         whole = state.step == (state.epoch + 1) * run.steps_per_epoch
         if not whole:
             save(run, "last.pt")  # --max-steps ends inside an epoch: from here a longer run goes on
@@ -684,7 +698,7 @@ def main() -> None:
         run_epochs(run)
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
-    except OSError as error:
+    except (OSError, datasets.ImageFileError) as error:
         sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
     except RuntimeError as error:
         sys.exit(f"train.py: {explain(error, args)}")
@@ -696,7 +710,7 @@ def main() -> None:
     best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
     accelerator.print(
         f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time\n"
-        f"python evaluate.py {run.output_dir}/best.pt"
+        f"python evaluate.py {run.output_dir}/best.pt" + ("" if len(data.test) else " --split val")
     )
     leave(accelerator)
 

@@ -49,6 +49,10 @@ def random_images(n, height=32, width=32, seed=0):
     return torch.from_numpy((255 * np.einsum("ij,njhw->nihw", mixture, independent)).astype(np.uint8))
 
 
+def as_set(images):
+    return ImageSet(images, torch.zeros(len(images), dtype=torch.int64))
+
+
 # ---------------------------------------------------------------------------------------------------------- CIFAR files
 
 
@@ -236,7 +240,7 @@ def test_no_files_and_no_network_leave_one_clear_line(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        ({"dataset": "mnist"}, ("dataset='mnist'", "cifar10, cifar100, shapes")),
+        ({"dataset": "mnist"}, ("dataset='mnist'", "cifar10, cifar100, shapes, folder")),
         ({"dataset": "shapes", "val_fraction": 1.0}, ("val-fraction=1.0", "< 1")),
         ({"dataset": "shapes", "val_fraction": -0.1}, ("val-fraction=-0.1", "0 <=")),
         ({"dataset": "shapes", "val_fraction": float("nan")}, ("val-fraction=nan", "0 <=")),
@@ -373,7 +377,7 @@ ENTROPIES = [(0, 3, 4, 1), (1, 3, 4, 1), (0, 2, 4, 1), (0, 3, 5, 1), (0, 3, 4, 0
 
 def test_the_same_numbers_give_the_same_pixels_and_others_do_not():
     images = random_images(8)
-    transform = BatchTransform((0.5,) * 3, (0.25,) * 3, data.train_transforms("slides", images))
+    transform = BatchTransform((0.5,) * 3, (0.25,) * 3, data.train_transforms("slides", as_set(images)))
     outputs = [transform(images, seeded_generator(*entropy)) for entropy in ENTROPIES]
     for i, entropy in enumerate(ENTROPIES):
         assert torch.equal(outputs[i], transform(images, seeded_generator(*entropy)))
@@ -383,7 +387,7 @@ def test_the_same_numbers_give_the_same_pixels_and_others_do_not():
 @pytest.mark.parametrize("augment", ["slides", "standard"])
 def test_every_image_of_a_batch_has_its_own_draws(augment):
     images = random_images(1).expand(100, -1, -1, -1)
-    transform = BatchTransform((0, 0, 0), (1, 1, 1), data.train_transforms(augment, images))
+    transform = BatchTransform((0, 0, 0), (1, 1, 1), data.train_transforms(augment, as_set(images)))
     assert len(transform(images, seeded_generator(0)).flatten(1).unique(dim=0)) > 60
 
 
@@ -541,13 +545,14 @@ def test_batch_transform_applies_the_transforms_to_scaled_pixels_in_order():
 
 def test_train_transforms_by_name():
     images = random_images(10)
-    kinds = {name: [type(t) for t in data.train_transforms(name, images)] for name in ("slides", "standard", "none")}
+    found = {name: data.train_transforms(name, as_set(images)) for name in ("slides", "standard", "none")}
+    kinds = {name: [type(t) for t in transforms] for name, transforms in found.items()}
     assert kinds["slides"] == [RandomResizedCrop, RandomHorizontalFlip, FancyPCA]
     assert kinds["standard"] == [RandomCrop, RandomHorizontalFlip] and kinds["none"] == []
-    crop, flip, pca = data.train_transforms("slides", images)
+    crop, flip, pca = found["slides"]
     assert (crop.size, crop.scale, flip.p, pca.std, pca.p) == (32, (0.5, 1.0), 0.5, 0.1, 0.5)
     with pytest.raises(ValueError, match=r"augment='all'.*slides, standard or none"):
-        data.train_transforms("all", images)
+        data.train_transforms("all", as_set(images))
 
 
 # -------------------------------------------------------------------------------------------------------- what it shows
@@ -619,5 +624,5 @@ def test_commands_that_cannot_be_done(run, tmp_path, monkeypatch, capsys, argume
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     message = capsys.readouterr().err if stop.value.code == 2 else stop.value.code
-    expected = "give --grid PNG, --stats or --time" if not arguments else "data.py: "
+    expected = "give --grid PNG, --stats, --time or --check" if not arguments else "data.py: "
     assert expected in message and "Traceback" not in message

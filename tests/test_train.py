@@ -42,11 +42,10 @@ def test_flags_are_these():
     """A flag is a promise: adding or dropping one is a decision."""
     flags = set(vars(train.parse_args([])))
     assert flags == {
-        "recipe", "dataset", "data_dir", "val_fraction", "augment", "workers", "model", "model_args", "pretrained",
-        "zero_init_last",
-        "epochs", "max_steps", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs",
-        "warmup_epochs", "smoothing", "clip_grad", "patience", "seed", "mixed_precision", "compile", "output_dir",
-        "checkpoint_every", "resume", "override", "log_every",
+        "recipe", "dataset", "data_dir", "image_size", "val_fraction", "augment", "workers", "model", "model_args",
+        "pretrained", "zero_init_last", "epochs", "max_steps", "batch_size", "grad_accum_steps", "opt", "lr",
+        "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad", "patience", "seed",
+        "mixed_precision", "compile", "output_dir", "checkpoint_every", "resume", "override", "log_every",
     }  # fmt: skip
     source = (ROOT / "train.py").read_text()
     for flag in flags - {"recipe"}:
