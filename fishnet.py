@@ -372,7 +372,7 @@ class FishNetConfig:
             self._refuse("stem_stride", "1, 2 or 4")
         if paper:  # its structure leaves no choice in these
             for name, value in {
-                "preact": True, "tail_shortcut": "conv", "bridge": "se", "stem_stride": 4, "final_norm": False,
+                "preact": True, "tail_shortcut": "conv", "bridge": "se", "stem_stride": 4, "final_norm": True,
             }.items():  # fmt: skip
                 if getattr(self, name) != value:
                     self._refuse(name, f"{value!r} in the structure 'paper'")
@@ -642,7 +642,7 @@ def fuse_batch_norm(model: nn.Module) -> None:
                 setattr(module, norm, nn.Identity())
 
 
-PAPER = dict(structure="paper", stem_stride=4, num_classes=1000)
+PAPER = dict(structure="paper", stem_stride=4, final_norm=True, num_classes=1000)
 CONFIGS = {
     "fishnet99": FishNetConfig(),
     "fishnet150": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(2, 3, 2), head_depths=(3, 4, 6, 3)),

@@ -607,6 +607,8 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
 
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=len(data.classes), **args.model_args)
+    if model.config.in_channels != 3:
+        raise ValueError(f"model-args in_channels={model.config.in_channels}: expected 3, the images' channels")
     stride = model.config.stride
     if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
         raise ValueError(f"image-size={args.image_size}: expected a multiple of {stride}, the stride of {args.model}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
@@ -209,7 +211,22 @@ def test_a_file_that_is_none_or_runs_code_is_refused(tmp_path):
         load_pretrained(model, tmp_path / "nothing.pt")
 
 
-# ----------------------------------------------------------------------------------------------------- feature pyramid
+# ------------------------------------------------------------------------------------------- the README, the pyramid
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_what_the_readme_shows_runs_and_has_its_sizes():
+    names = {}
+    for snippet in SNIPPETS:
+        assert len(snippet.splitlines()) < 15
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 100)
+    assert {name: tuple(x.shape) for name, x in names["maps"].items()} == {
+        "H1": (2, 320, 56, 56), "H2": (2, 832, 28, 28), "H3": (2, 1600, 14, 14), "H4": (2, 2112, 7, 7),
+    }  # fmt: skip
+    assert names["pixels"].shape == (2, 21, 224, 224)
 
 
 def drawn_scene(seed: int, size: int = 96) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -221,6 +221,7 @@ def test_loss_that_is_not_finite_stops_before_saving(run_train, tmp_path):
         (["--mixed-precision", "fp16"], "mixed-precision=fp16: a CPU has none"),
         (["--resume", "nothing.pt"], "nothing.pt: no such checkpoint"),
         (["--pretrained", "nothing.pt"], "nothing.pt: no such file of weights"),
+        (["--model-args", "in_channels=1"], "in_channels=1: expected 3"),
         (["--model-args", "k=5"], "k=5: expected a divisor"),
         (["--model-args", "depth=5"], "depth: no field of FishNetConfig"),
         (["--model-args", "num_classes=5"], "num_classes: is the dataset's"),
