@@ -46,7 +46,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
 from data import BatchTransform, EpochBatches, seeded_generator
-from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, leave, load_checkpoint, prepare_cpu
+from evaluate import (
+    CHECKPOINT_FORMAT,
+    Metrics,
+    check_weights,
+    evaluate,
+    ignore_signals,
+    leave,
+    load_checkpoint,
+    prepare_cpu,
+)
 from fishnet import create_model, model_names, zero_init_last
 
 # A recipe is a set of defaults; any flag overrides its own.
@@ -560,12 +569,6 @@ def lock_output_dir(folder: Path) -> TextIO:
     except (BlockingIOError, PermissionError):
         raise ValueError(f"output-dir={folder}: in use by another run") from None
     return file
-
-
-def ignore_signals(worker: int) -> None:
-    """A data worker outlives a signal to its process group: the main process still needs it for the step it is in."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
