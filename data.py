@@ -206,7 +206,9 @@ def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
             case "BUILD":
                 state = stack.pop()
                 stack[-1].set_state(state)
-            case "PROTO" | "FRAME":
+            case "PROTO" if value <= 5:
+                pass
+            case "FRAME":
                 pass
             case "STOP":
                 return stack.pop()
@@ -225,7 +227,8 @@ class _Dtype:
         self.code = code
 
     def set_state(self, state: tuple) -> None:
-        """Byte order and layout: bytes have none, and what else there may be is refused by its code."""
+        if state[0] != 3 or state[1] not in ("|", "<", b"|", b"<") or state[2:] != (None, None, None, -1, -1, 0):
+            raise ValueError(f"an array in it is of {self.code!r} in an odd layout")
 
 
 class _Array:
@@ -234,8 +237,16 @@ class _Array:
     values: np.ndarray | None = None
 
     def set_state(self, state: tuple) -> None:
-        _, shape, dtype, fortran, content = state
+        version, shape, dtype, fortran, content = state
+        if version != 1 or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError("an array in it has no shape")
         self.values = np.frombuffer(content, dtype.code).reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(kind: None, shape: tuple, code: bytes) -> _Array:
+    if (shape, code) != ((0,), b"b"):
+        raise ValueError("an array in it begins oddly")
+    return _Array()
 
 
 def _from_buffer(content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: None = None) -> _Array:
@@ -253,7 +264,7 @@ def read_pickle(path: Path) -> dict:
 
     names = {"_codecs encode": encode, "numpy ndarray": None, "numpy dtype": _Dtype}
     for core in ("numpy.core", "numpy._core"):  # numpy renamed it
-        names[f"{core}.multiarray _reconstruct"] = lambda kind, shape, code: _Array()
+        names[f"{core}.multiarray _reconstruct"] = _reconstruct
         names[f"{core}.numeric _frombuffer"] = _from_buffer
     with path.open("rb") as file:
         try:
@@ -344,9 +355,16 @@ def read_image(path: str | Path) -> Tensor:
             warnings.simplefilter("ignore")  # broken metadata: what matters is whether the pixels can be read
             if image.width * image.height > MAX_PIXELS:  # before the decoder asks for the memory
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
+            deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
+            key = image.info.get("transparency")  # of a grey PNG: the value that is transparent, as in the file
+            if isinstance(key, int) and image.mode == "L":
+                image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image).astype(np.uint16) / 257).round().astype(np.uint8))
+            if deep:
+                values = np.asarray(image).astype(np.uint16)
+                image = Image.fromarray((values / 257).round().astype(np.uint8))
+                if isinstance(key, int):
+                    image.putalpha(Image.fromarray(values != key))
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of Pillow's mode {image.mode}, expected 8 or 16 bits")
             if image.has_transparency_data:

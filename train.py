@@ -282,6 +282,7 @@ def save(run: Run, name: str) -> None:
     if not run.accelerator.is_main_process:
         return
     started = time.perf_counter()
+    run.writer.flush()  # what a run that goes on from here does not log again
     model = run.accelerator.unwrap_model(run.model)
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
@@ -669,6 +670,8 @@ def main() -> None:
         run = make_run(args, accelerator, stop)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        sys.exit(f"train.py: {explain(error, args)}")
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     accelerator.print(
@@ -711,6 +714,8 @@ def explain(error: RuntimeError, args: argparse.Namespace) -> str:
         )
     if "DataLoader worker" in message:
         return f"{message.splitlines()[0]}: go on with --resume auto, or read data in the main process with --workers 0"
+    if "gloo" in message or isinstance(error, torch.distributed.DistError):
+        return f"another process is gone ({message.splitlines()[0][:100]}): go on with --resume auto"
     raise error
 
 
