@@ -268,8 +268,9 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
         if keep_as and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # it fills a full disk
+        error.filename = error.filename or str(path)  # a failed write does not say of what
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
@@ -670,7 +671,7 @@ def main() -> None:
         run = make_run(args, accelerator, stop)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         sys.exit(f"train.py: {explain(error, args)}")
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -688,7 +689,7 @@ def main() -> None:
         sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
     except OSError as error:
         sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         sys.exit(f"train.py: {explain(error, args)}")
     finally:
         if run.lock:
@@ -703,10 +704,11 @@ def main() -> None:
     leave(accelerator)
 
 
-def explain(error: RuntimeError, args: argparse.Namespace) -> str:
+def explain(error: RuntimeError | MemoryError, args: argparse.Namespace) -> str:
     """One line for the failures of a machine that no argument check foresees; any other error is raised again."""
     message = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in message:
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if memory or "not enough memory" in message or "can't allocate memory" in message:
         parts = 2 * args.grad_accum_steps
         return (
             f"out of memory at batch-size {args.batch_size} in {args.grad_accum_steps} part(s): try --grad-accum-steps "

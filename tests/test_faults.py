@@ -174,8 +174,11 @@ def small_data() -> train.datasets.Data:
 
 def test_out_of_memory_says_what_to_do():
     args = train.parse_args([])
-    line = train.explain(torch.OutOfMemoryError("CUDA out of memory"), args)
-    assert "batch-size 256" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
+    cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+    old = "[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), RuntimeError(old), MemoryError()):
+        line = train.explain(error, args)
+        assert "batch-size 256" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
     with pytest.raises(RuntimeError, match="anything else"):
         train.explain(RuntimeError("anything else"), args)
 

@@ -472,7 +472,7 @@ def part_kills(quick: bool) -> Counts:
             codes = run.wait()
             after = newest_step(folder)
             # The other process of two ends by itself, in one line; or all was done before the kill.
-            kind = run.kind(codes, lambda code: code in (-signal.SIGKILL, 0, 1))
+            kind = run.kind(codes, lambda code: code in (-signal.SIGKILL, 0, 1, 143, -signal.SIGTERM))
             if after < before:
                 kind = "lost"
             counts.add(kind, f"chain {chain}, kill {kill}: {codes}, step {before} -> {after}: {run.output()[-400:]}")
@@ -505,7 +505,7 @@ def part_signals(quick: bool) -> Counts:
         if case % 5 == 4:
             hook = functools.partial(die_inside_a_save, rng.randint(1, 60), number, twice)
         # The demo's own network; best and last checkpoint are saved after each evaluation.
-        flags = ("--model-args", "k=2", "channels=(64,128,128,128)", "--workers", workers, "--epochs", "500")
+        flags = ("--model-args", "k=2", "channels=(48,48,64,96)", "-b", "32", "--workers", workers, "--epochs", "500")
         run = Run(fresh("signals"), flags, processes, hook).start()
         if hook:
             while not mark.exists() and time.sleep(0.01) is None:
@@ -1151,8 +1151,8 @@ def part_machine(quick: bool) -> Counts:
 
     # A file may not grow beyond half a checkpoint: the write fails in the kernel.
     folder = fresh("limit")
-    run = Run(folder, ("--max-steps", "5")).start()
-    assert run.wait() == [0], run.output()
+    run = Run(folder, hook=functools.partial(stop_at, (5,))).start()
+    assert run.wait() == [143], run.output()
     size = (folder / "last.pt").stat().st_size // 2
     go_on = ("--resume", "auto")
     limited = Run(folder, go_on, hook=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
@@ -1168,7 +1168,7 @@ def part_machine(quick: bool) -> Counts:
                 subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
                 ends_well(f"after the disk of {kilobytes} kB", run)
         with mounted("size=20m") as folder:  # room for two of the demo's checkpoints
-            run = Run(folder, ("--model-args", "k=2", "channels=(64,128,128,128)"))
+            run = Run(folder, ("--model-args", "k=2", "channels=(48,48,64,96)"))
             one_line("disk of 20 MB", run.start(), "No space left", "--resume auto", step=1)
         with mounted("size=1m,ro") as folder:
             one_line("read-only", Run(folder).start(), "Read-only", before_training=True)
