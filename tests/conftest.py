@@ -33,6 +33,14 @@ def cifar_dir(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """64 training images after the split."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_cifar10(root, 16, 10)
+    return root
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """Accelerate keeps its state in the process; each test starts without."""

@@ -89,6 +89,12 @@ def test_top5_with_three_classes_and_mode_is_kept():
     assert m.top5_error == 0 and model.training
 
 
+def test_a_class_without_images_has_no_errors():
+    one = ImageSet(images(8, 3).images, torch.full((8,), 2))
+    m = evaluate(Accelerator(cpu=True), Linear(3), one, BatchTransform((0, 0, 0), (1, 1, 1)), 3, batch_size=7)
+    assert m.class_images == (0, 0, 8) and m.class_errors[:2] == (0, 0) and m.class_errors[2] == m.top1_error
+
+
 @pytest.fixture(scope="module")
 def checkpoint() -> dict:
     torch.manual_seed(0)

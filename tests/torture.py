@@ -15,7 +15,6 @@ import argparse
 import atexit
 import contextlib
 import copyreg
-import csv
 import datetime
 import functools
 import io
@@ -57,9 +56,8 @@ import PIL
 import torch
 from conftest import ROOT, SMALL, TINY, write_cifar10
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_evaluate import BATCHES, SIZES, by_numpy, counted
-from test_train import assert_same
+from test_train import assert_same, keep_every_step, outcome
 
 import data
 import train
@@ -283,21 +281,6 @@ def refused(path: Path, function: Callable, *arguments: object) -> object:
 # ----------------------------------------------------------------------------------------------------- whole runs
 
 
-def outcome(folder: Path) -> dict:
-    """All that an uninterrupted run and one that was not must have in common."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
-                for row in csv.DictReader(file)]  # fmt: skip
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    scalars = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if tag != "images_per_second"
-    }
-    checkpoints = {name: load_checkpoint(folder / name) for name in ("last.pt", "best.pt")}
-    return checkpoints | {"rows": rows, "scalars": scalars}
-
-
 def differs(expected: dict, folder: Path) -> str:
     """"" or where the bits are others."""
     try:
@@ -314,19 +297,6 @@ def reference(processes: int) -> dict:
     codes = run.wait()
     assert codes == [0] * processes, run.output()
     return outcome(run.folder)
-
-
-def keep_every_step(folder: Path) -> None:
-    """Copies the folder aside after each save of last.pt."""
-    save = train.save
-
-    def keeping(run: train.Run, name: str) -> None:
-        save(run, name)
-        run.accelerator.wait_for_everyone()
-        if name == "last.pt" and run.accelerator.is_main_process:
-            shutil.copytree(folder, folder.with_name(f"{folder.name}-{run.state.step}"), dirs_exist_ok=True)
-
-    train.save = keeping
 
 
 def stop_at(steps: tuple[int, ...]) -> None:
