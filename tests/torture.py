@@ -307,6 +307,15 @@ def reference(processes: int) -> dict:
     return outcome(run.folder)
 
 
+@functools.cache
+def duration(processes: int) -> float:
+    """Seconds of that run, on a machine as busy as this one."""
+    began = time.monotonic()
+    run = Run(fresh("timed"), processes=processes).start()
+    assert run.wait() == [0] * processes, run.output()
+    return time.monotonic() - began
+
+
 def stop_at(steps: tuple[int, ...]) -> None:
     """A signal to oneself in the middle of each of these steps, the odd ones SIGTERM and the others SIGINT."""
     train_step = train.train_step
@@ -445,7 +454,7 @@ def part_kills(quick: bool) -> Counts:
                 inside += 1
             else:
                 run = Run(folder, flags, processes).start()
-                time.sleep(rng.uniform(0, 2.2 if processes == 2 else 1.3))
+                time.sleep(rng.uniform(0, duration(processes)))
                 os.kill(run.children[rng.randrange(processes)].pid, signal.SIGKILL)
             codes = run.wait()
             after = newest_step(folder)
@@ -491,7 +500,7 @@ def part_signals(quick: bool) -> Counts:
             time.sleep(0.01)
             sent = float(mark.read_text() or time.monotonic())
         else:
-            time.sleep(rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, 2 * duration(processes)))
             sent = time.monotonic()
             started = "steps an epoch" in run.output()  # from then on one of two passes it on to the other
             for child in rng.sample(run.children, 1) if started else run.children:
