@@ -951,8 +951,8 @@ def count_all(rank: int, processes: int, port: int, results: Path) -> None:
 def part_stall(quick: bool) -> Counts:
     """How long a save of fishnet99 with Adam's state takes, beside the 156 steps of batch 256 between two saves."""
     counts, answer = Counts(), work("stall.txt")
-    child = Child(work("stall.log"), measure_stall, answer)
-    code = child.wait(300)
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:  # on a disk, where training writes
+        code = Child(work("stall.log"), measure_stall, answer, folder).wait(300)
     if code != 0:
         counts.add("hangs" if code is None else "tracebacks", work("stall.log").read_text()[-500:])
         return counts
@@ -963,9 +963,9 @@ def part_stall(quick: bool) -> Counts:
     return counts
 
 
-def measure_stall(answer: Path) -> None:
+def measure_stall(answer: Path, folder: str) -> None:
     """One part of 32 images stands for an eighth of a step of 256."""
-    flags = ["--recipe", "baseline", "--data-dir", str(work("cifar")), "--output-dir", str(fresh("stall")), "-b", "32"]
+    flags = ["--recipe", "baseline", "--data-dir", str(work("cifar")), "--output-dir", folder, "-b", "32"]
     args = train.parse_args(flags)
     run = train.make_run(args, train.make_accelerator(args), train.StopSignal())
     run.model.train()
