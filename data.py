@@ -13,8 +13,10 @@ epoch, index), a batch's augmentation from (seed, epoch, step, shard), so a run 
 
 import argparse
 import collections
+import functools
 import math
-import pickle
+import pickletools
+import re
 import socket
 import sys
 import time
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -154,33 +157,145 @@ def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Te
 # ---------------------------------------------------------------------------------------------------------- CIFAR
 
 
-class _BatchUnpickler(pickle.Unpickler):
-    """Reads what the official batch files hold and nothing else: a pickle can name any function to be called."""
+def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
+    """What a pickle holds. "module name" in it stands for names["module name"]: nothing else is looked up or called.
 
-    ALLOWED = {
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("_codecs", "encode"),  # how Python 3 writes bytes in protocol 2
-        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    }
+    Python's unpickler, however its names are restricted, is crashed or kept busy for ever by a small file: by numpy's
+    functions with lying arguments, by nested tuples as a key, by a memo of a billion places. Here keys are strings,
+    bytes and small numbers, and the opcodes those of honest files. Anything else: ValueError, or what a broken pickle
+    raises.
+    """
+    stack, marks, memo = [], [], {}
 
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file contains")
-        # numpy renamed numpy.core to numpy._core: look the old name up in the new place.
-        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+    def popped() -> list:  # what lies above the last mark
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    def look_up(name: str) -> object:
+        if name not in names:
+            raise ValueError(f"it asks for {name.replace(' ', '.')}, which no honest file contains")
+        return names[name]
+
+    def set_items(items: list) -> None:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, bytes, int):
+                raise ValueError(f"a key in it is a {type(key).__name__}")
+            stack[-1][key] = value
+
+    for opcode, value, _ in pickletools.genops(file):
+        match opcode.name:
+            case ("BININT1" | "BININT2" | "BININT" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINFLOAT" | "SHORT_BINBYTES"
+                  | "BINBYTES" | "BINBYTES8" | "BYTEARRAY8"):  # fmt: skip
+                stack.append(value)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[value] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "SHORT_BINSTRING" | "BINSTRING":  # Python 2's str; pickletools decodes it
+                stack.append(value.encode("latin-1"))
+            case "LONG1" if value.bit_length() <= 64:
+                stack.append(value)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
+                stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[opcode.name]())
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(popped()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if opcode.name == "APPEND" else popped()
+                stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                set_items([stack.pop(-2), stack.pop()] if opcode.name == "SETITEM" else popped())
+            case "GLOBAL":
+                stack.append(look_up(value))
+            case "STACK_GLOBAL":
+                name = stack.pop()
+                stack.append(look_up(f"{stack.pop()} {name}"))
+            case "BINPERSID":
+                stack.append(look_up("persistent id")(stack.pop()))
+            case "REDUCE":  # nothing but a value of `names` can be called
+                arguments = stack.pop()
+                stack.append(stack.pop()(*arguments))
+            case "BUILD":
+                state = stack.pop()
+                stack[-1].set_state(state)
+            case "PROTO" if value <= 5:
+                pass
+            case "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise ValueError(f"it has a {opcode.name}, which no honest file contains")
+    raise ValueError("it has no end")
+
+
+class _Dtype:
+    """numpy.dtype in a pickle: of numbers, by its code."""
+
+    def __init__(self, code: str | bytes, *flags: bool) -> None:
+        code = code.decode() if isinstance(code, bytes) else code  # bytes: from Python 2
+        if not re.fullmatch("[biuf][1248]", code):
+            raise ValueError(f"an array in it is of {code!r}")
+        self.code = code
+
+    def set_state(self, state: tuple) -> None:
+        if state[0] != 3 or state[1] not in ("|", "<", b"|", b"<") or state[2:] != (None, None, None, -1, -1, 0):
+            raise ValueError(f"an array in it is of {self.code!r} in an odd layout")
+
+
+class _Array:
+    """numpy.ndarray in a pickle: its values are bytes of the file, whatever the file says of them."""
+
+    values: np.ndarray | None = None
+
+    def set_state(self, state: tuple) -> None:
+        version, shape, dtype, fortran, content = state
+        if version != 1 or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError("an array in it has no shape")
+        self.values = np.frombuffer(content, dtype.code).reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(kind: None, shape: tuple, code: bytes) -> _Array:
+    if (shape, code) != ((0,), b"b"):
+        raise ValueError("an array in it begins oddly")
+    return _Array()
+
+
+def _from_buffer(content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: None = None) -> _Array:
+    array = _Array()
+    array.set_state((1, shape, dtype, order == "F", content))
+    return array
 
 
 def read_pickle(path: Path) -> dict:
     """The dict in a batch file, parsed without executing it. ValueError, naming the file: anything else."""
+
+    @functools.cache  # as large as the file at most, however often it says the same
+    def encode(text: str, codec: str) -> bytes:  # how Python 3 writes bytes in protocol 2
+        return text.encode("latin-1")
+
+    names = {"_codecs encode": encode, "numpy ndarray": None, "numpy dtype": _Dtype}
+    for core in ("numpy.core", "numpy._core"):  # numpy renamed it
+        names[f"{core}.multiarray _reconstruct"] = _reconstruct
+        names[f"{core}.numeric _frombuffer"] = _from_buffer
     with path.open("rb") as file:
         try:
-            content = _BatchUnpickler(file, encoding="bytes").load()
-        except Exception as error:  # a broken pickle raises anything, from EOFError to IndexError and MemoryError
-            raise ValueError(f"{path}: not a CIFAR file ({error or type(error).__name__})") from None
+            content = parse_pickle(file, names)
+        except Exception as error:  # a broken pickle raises anything, from IndexError to MemoryError
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path}: not a CIFAR file ({reason})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict")
+        raise ValueError(f"{path}: holds a {type(content).__name__.strip('_')}, expected a dict")
     return content
 
 
@@ -191,6 +306,8 @@ def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, 
         if key not in content:
             raise ValueError(f"{path}: has no {key.decode()!r}, expected 'data' and {label_key.decode()!r}")
     data, labels = content[b"data"], content[label_key]
+    if isinstance(data, _Array):
+        data = data.values
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise ValueError(f"{path}: 'data' is {found}, expected uint8 (rows, 3072)")
@@ -264,13 +381,22 @@ def read_image(path: str | Path) -> Tensor:
     other than IMAGE_FORMATS, more than MAX_PIXELS, floating point and 32-bit values, which have no agreed white.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a file")  # a pipe would be waited for
         with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as image:
             warnings.simplefilter("ignore")  # broken metadata: what matters is whether the pixels can be read
             if image.width * image.height > MAX_PIXELS:  # before the decoder asks for the memory
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
+            deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
+            key = image.info.get("transparency")  # of a grey PNG: the value that is transparent, as in the file
+            if isinstance(key, int) and image.mode == "L":
+                image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image).astype(np.uint16) / 257).round().astype(np.uint8))
+            if deep:
+                values = np.asarray(image).astype(np.uint16)
+                image = Image.fromarray((values / 257).round().astype(np.uint8))
+                if isinstance(key, int):
+                    image.putalpha(Image.fromarray(values != key))
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of Pillow's mode {image.mode}, expected 8 or 16 bits")
             if image.has_transparency_data:

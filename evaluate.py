@@ -11,11 +11,14 @@ JSON, per cent in the table.
 import argparse
 import ctypes
 import json
+import math
 import os
+import signal
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +35,34 @@ from data import (
     ImageSet,
     centre_crop,
     load_data,
+    parse_pickle,
     read_image,
 )
 from fishnet import create_model
+
+
+class StateDict(dict):
+    """Stands for the OrderedDict of a state_dict, which has the version of each module as an attribute."""
+
+    def __init__(self) -> None:
+        """Empty: a pickle fills it item by item."""
+
+    def set_state(self, state: dict) -> None:
+        """The versions: nothing to check."""
+
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_KEYS = {
     "format": int, "name": str, "config": dict, "model": dict, "classes": list, "mean": list, "std": list,
     "args": dict, "state": dict,
 }  # fmt: skip
+# What the pickle in a checkpoint may name, with stand-ins for parse_pickle, which only has to come to its end.
+PICKLED_NAMES = {f"torch {kind}Storage": None for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int")}
+PICKLED_NAMES |= {
+    "collections OrderedDict": StateDict,
+    "torch._utils _rebuild_tensor_v2": lambda *arguments: None,
+    "persistent id": lambda storage: None,
+}
 ARGS_KEYS = {"dataset": str, "data_dir": str, "val_fraction": (int, float), "seed": int}
 FOLDER_ARGS_KEYS = ARGS_KEYS | {"image_size": int}
 
@@ -75,7 +97,9 @@ def evaluate(
     # Without DDP, whose forward waits for the other processes' forward: the shares may differ by a batch.
     model = accelerator.unwrap_model(model)
     share = range(accelerator.process_index, len(images), accelerator.num_processes)
-    loader = DataLoader(Subset(images, share), batch_size, num_workers=workers, collate_fn=images.collate)
+    loader = DataLoader(
+        Subset(images, share), batch_size, num_workers=workers, collate_fn=images.collate, worker_init_fn=ignore_signals
+    )
     loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=accelerator.device)  # images, top-1, top-5 hits
 
@@ -129,6 +153,12 @@ def input_size(checkpoint: dict) -> tuple[int, float]:
     return 32, 1.0  # CIFAR and shapes are seen whole
 
 
+def ignore_signals(worker: int) -> None:
+    """A data worker outlives a signal to its process group: the main process still needs it for what it is at."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py on the CPU, its checksums verified; it cannot run code (weights_only).
 
@@ -137,24 +167,24 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("torch.save does not compress; a small file that does can fill the memory")
-            damaged = archive.testzip()  # torch.load does not verify the checksums
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it fails its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from None
+    with path.open("rb") as file:
+        try:
+            check_archive(file)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")
     wrong = [key for key, kind in CHECKPOINT_KEYS.items() if not isinstance(checkpoint.get(key), kind)]
     if not wrong:
         keys = FOLDER_ARGS_KEYS if checkpoint["args"].get("dataset") == "folder" else ARGS_KEYS
         wrong = [key for key, kind in keys.items() if not isinstance(checkpoint["args"].get(key), kind)]
-        wrong += [key for key in ("mean", "std") if list(map(type, checkpoint[key])) != [float] * 3]
+        wrong += ["seed"] if not wrong and not 0 <= checkpoint["args"]["seed"] < 2**63 else []
+        for key, least in (("mean", -math.inf), ("std", 0.0)):
+            fits = [type(value) is float and least < value < math.inf for value in checkpoint[key]]
+            wrong += [] if fits == [True] * 3 else [key]
         wrong += [key for key in ("classes", "config") if not all(type(name) is str for name in checkpoint[key])]
     if wrong:
         raise ValueError(f"{path}: wrong or missing: {', '.join(wrong)}; expected a checkpoint of train.py")
@@ -163,13 +193,40 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def check_archive(file: BinaryIO) -> None:
+    """What torch.load does not ask of a file: checksums, one meaning, and no more than train.py puts into it."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        names = {record.filename for record in records}
+        folders = {name.partition("/")[0] for name in names}
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("torch.save does not compress; a small file that does can fill the memory")
+        size = file.seek(0, os.SEEK_END)
+        if len(names) < len(records) or len(folders) > 1 or sum(record.file_size for record in records) > size:
+            raise ValueError("its records overlap")
+        if min(record.header_offset for record in records) > 0:
+            raise ValueError("something lies before its first record")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it fails its checksum")
+        with archive.open(f"{folders.pop()}/data.pkl") as file:
+            parse_pickle(file, PICKLED_NAMES)
+
+
 def load_model(checkpoint: dict) -> nn.Module:
     """The checkpoint's model with its weights. ValueError: they do not fit, or are not finite."""
-    if checkpoint["config"].get("num_classes") != len(checkpoint["classes"]) or "name" in checkpoint["config"]:
-        raise ValueError(f"checkpoint: its config does not fit its {len(checkpoint['classes'])} classes")
-    model = create_model(checkpoint["name"], **checkpoint["config"])
-    check_weights(model, checkpoint["model"], "checkpoint")
-    model.load_state_dict(checkpoint["model"])
+    config, weights = checkpoint["config"], checkpoint["model"]
+    try:
+        if config["num_classes"] != len(checkpoint["classes"]) or "name" in config:
+            raise ValueError(f"{len(checkpoint['classes'])} classes")
+        if sum(sum(config[part]) for part in ("tail_depths", "body_depths", "head_depths")) > len(weights):
+            raise ValueError(f"more units than its {len(weights)} weights")  # a small file must not keep us building
+        with torch.device("meta"):  # takes no memory: a width in the file may be anything
+            model = create_model(checkpoint["name"], **config)
+    except Exception as error:  # what a changed file holds can be anything
+        raise ValueError(f"checkpoint: its config does not fit ({type(error).__name__}: {error})") from None
+    check_weights(model, weights, "checkpoint")
+    model.to_empty(device="cpu").load_state_dict(weights)
     return model
 
 
@@ -186,7 +243,7 @@ def check_weights(model: nn.Module, found: dict, where: str) -> None:
 def _fits(expected: Tensor, found: object) -> bool:
     return (
         isinstance(found, Tensor)
-        and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        and (found.shape, found.dtype, found.layout) == (expected.shape, expected.dtype, expected.layout)
         and bool(found.isfinite().all())
     )
 

@@ -47,7 +47,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
 from data import BatchTransform, EpochBatches, seeded_generator
-from evaluate import CHECKPOINT_FORMAT, Metrics, check_weights, evaluate, leave, load_checkpoint, prepare_cpu
+from evaluate import (
+    CHECKPOINT_FORMAT,
+    Metrics,
+    check_weights,
+    evaluate,
+    ignore_signals,
+    leave,
+    load_checkpoint,
+    prepare_cpu,
+)
 from fishnet import create_model, load_pretrained, model_names, zero_init_last
 
 # A recipe is a set of defaults; any flag overrides its own.
@@ -265,8 +274,9 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
         if keep_as and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # it fills a full disk
+        error.filename = error.filename or str(path)  # a failed write does not say of what
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
@@ -279,6 +289,7 @@ def save(run: Run, name: str) -> None:
     if not run.accelerator.is_main_process:
         return
     started = time.perf_counter()
+    run.writer.flush()  # what a run that goes on from here does not log again
     model = run.accelerator.unwrap_model(run.model)
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
@@ -569,12 +580,6 @@ def lock_output_dir(folder: Path) -> TextIO:
     return file
 
 
-def ignore_signals(worker: int) -> None:
-    """A data worker outlives a signal to its process group: the main process still needs it for the step it is in."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Adam as the slides have it; AdamW, which leaves biases and batch norm undecayed; SGD with Nesterov momentum."""
     if args.opt == "adam":
@@ -686,6 +691,8 @@ def main() -> None:
         run = make_run(args, accelerator, stop)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except (RuntimeError, MemoryError) as error:
+        sys.exit(f"train.py: {explain(error, args)}")
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     accelerator.print(
@@ -702,7 +709,7 @@ def main() -> None:
         sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
     except (OSError, datasets.ImageFileError) as error:
         sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         sys.exit(f"train.py: {explain(error, args)}")
     finally:
         if run.lock:
@@ -717,10 +724,11 @@ def main() -> None:
     leave(accelerator)
 
 
-def explain(error: RuntimeError, args: argparse.Namespace) -> str:
+def explain(error: RuntimeError | MemoryError, args: argparse.Namespace) -> str:
     """One line for the failures of a machine that no argument check foresees; any other error is raised again."""
     message = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in message:
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if memory or "not enough memory" in message or "can't allocate memory" in message:
         parts = 2 * args.grad_accum_steps
         return (
             f"out of memory at batch-size {args.batch_size} in {args.grad_accum_steps} part(s): try --grad-accum-steps "
@@ -728,6 +736,8 @@ def explain(error: RuntimeError, args: argparse.Namespace) -> str:
         )
     if "DataLoader worker" in message:
         return f"{message.splitlines()[0]}: go on with --resume auto, or read data in the main process with --workers 0"
+    if "gloo" in message or isinstance(error, torch.distributed.DistError):
+        return f"another process is gone ({message.splitlines()[0][:100]}): go on with --resume auto"
     raise error
 
 

@@ -13,19 +13,31 @@ from accelerate.state import AcceleratorState, GradientState
 import train
 
 
-@pytest.fixture(scope="session")
-def cifar_dir(tmp_path_factory) -> Path:
+def write_cifar10(root: Path, train_rows: int, test_rows: int) -> None:
     """Ten classes that differ in brightness and noise: learnable in a few steps, unlike for every seed."""
-    root = tmp_path_factory.mktemp("cifar")
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.RandomState(0)
-    for name, rows in [*((f"data_batch_{i}", 48) for i in range(1, 6)), ("test_batch", 37)]:
+    for name, rows in [*((f"data_batch_{i}", train_rows) for i in range(1, 6)), ("test_batch", test_rows)]:
         labels = rng.permutation(np.arange(rows) % 10)
         pixels = rng.randint(0, 100, (rows, 3072)) + labels[:, None] * 15
         content = {b"data": pixels.astype(np.uint8), b"labels": labels.tolist()}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"class %d" % i for i in range(10)]}))
+
+
+@pytest.fixture(scope="session")
+def cifar_dir(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("cifar")
+    write_cifar10(root, 48, 37)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """64 training images after the split."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_cifar10(root, 16, 10)
     return root
 
 
@@ -37,6 +49,8 @@ def fresh_accelerate():
     GradientState._reset_state()
 
 
+# A network of 15,000 parameters, and how it is trained where only the bits of a run matter.
+TINY = ["--model-args", "channels=(4,4,4,16)", "-b", "16"]
 SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2", "--opt", "sgd", "--lr", "0.02"]
 
 

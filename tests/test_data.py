@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -162,6 +163,36 @@ def test_other_names_are_refused(tmp_path, module, name):
     with pytest.raises(ValueError) as error:
         read_batch(path, b"labels", 10)
     assert str(path) in str(error.value) and f"{module}.{name}" in str(error.value)
+
+
+def pickled(value):
+    """As a part of a pickle of protocol 4."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+# Each crashes Python's unpickler with numpy's functions, or keeps it busy for ever, in less than a megabyte.
+BOMBS = {
+    "a deep key": b"})" + b"\x85" * 300_000 + b"K\x01s.",
+    "a key that doubles": b"})q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"K\x01s.",
+    "a full memo": b"}r\xff\xff\xff\xff0",
+    "a long": b"}U\x04data\x8b\xff\xff\xff\x7f",
+    "an array of pointers": b"}U\x04datacnumpy\nndarray\n" + pickled(((1,), "O", b"A" * 8)) + b"Rs.",
+    "a type that lies": b"}U\x04datacnumpy\ndtype\n" + pickled(("V8",)) + b"R"
+    + pickled((3, "|", None, ("a",), {"a": (None, 0)}, 8, 1, 0)) + b"bs.",
+    "a large array": b"}U\x04datacnumpy\nndarray\n" + pickled(((2**40, 3072), "u1")) + b"Rs.",
+    "many copies": b"}U\x04data(c_codecs\nencode\nX\x00\x00\x10\x00" + b"A" * 2**20 + b"U\x06latin1\x86q\x01R"
+    + b"c_codecs\nencode\nh\x01R" * 10_000 + b"ls.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_small_file_can_neither_crash_nor_delay(tmp_path, case):
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(b"\x80\x02" + BOMBS[case])
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read_batch(path, b"labels", 10)
+    assert time.perf_counter() - began < 5
 
 
 BROKEN = {

@@ -1,7 +1,10 @@
 """evaluate.py: every image counted once, against numpy; checkpoints that are not ones; the command."""
 
 import json
+import math
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +89,12 @@ def test_top5_with_three_classes_and_mode_is_kept():
     assert m.top5_error == 0 and model.training
 
 
+def test_a_class_without_images_has_no_errors():
+    one = ImageSet(images(8, 3).images, torch.full((8,), 2))
+    m = evaluate(Accelerator(cpu=True), Linear(3), one, BatchTransform((0, 0, 0), (1, 1, 1)), 3, batch_size=7)
+    assert m.class_images == (0, 0, 8) and m.class_errors[:2] == (0, 0) and m.class_errors[2] == m.top1_error
+
+
 @pytest.fixture(scope="module")
 def checkpoint() -> dict:
     torch.manual_seed(0)
@@ -153,10 +162,59 @@ def test_checkpoints_run_no_code_and_must_have_their_keys(checkpoint, tmp_path):
             load_checkpoint(path)
 
 
+def rewritten(path: Path, change) -> None:
+    """The archive with other records, [(name, content)], and right checksums."""
+    with zipfile.ZipFile(path) as archive:
+        records = change([(name, archive.read(name)) for name in archive.namelist()])
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")  # a name twice
+        for name, content in records:
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda records: [(n, b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s." if "pkl" in n else c) for n, c in records],
+         "a key in it is a tuple"),  # torch.load dies of it
+        (lambda records: [*records, records[0]], "its records overlap"),
+        (lambda records: [*records, ("other/data.pkl", records[0][1])], "its records overlap"),
+        (lambda records: [(n, c[: len(c) // 2] if n.endswith("/data/0") else c) for n, c in records], "size"),
+    ],
+)  # fmt: skip
+def test_tricks_of_an_archive_are_refused(checkpoint, tmp_path, change, reason):
+    torch.save(checkpoint, tmp_path / "a.pt")
+    rewritten(tmp_path / "a.pt", list)
+    load_checkpoint(tmp_path / "a.pt")
+    rewritten(tmp_path / "a.pt", change)
+    with pytest.raises(ValueError, match=rf"a\.pt: damaged, or not a checkpoint \(.*{reason}"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("key, value", [("seed", 2**63), ("seed", -1), ("mean", [math.nan] * 3), ("std", [0.0] * 3)])
+def test_numbers_that_no_run_has_are_refused(checkpoint, tmp_path, key, value):
+    where = checkpoint["args"] if key == "seed" else {}
+    torch.save(checkpoint | {key: value, "args": where | {key: value}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"a\.pt: wrong or missing: .*{key}"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "change", [{"channels": (2**40,) * 4}, {"tail_depths": (10**9, 1, 1, 1)}, {"k": "2"}, {"odd": 1}, {"k": 3}]
+)
+def test_a_config_that_is_no_network_is_refused(checkpoint, change):
+    with pytest.raises(ValueError, match=r"checkpoint: its config does not fit \(.*\)$"):
+        load_model(checkpoint | {"config": checkpoint["config"] | change})
+
+
 def test_weights_that_do_not_fit_are_named(checkpoint):
     weights = checkpoint["model"]
     nan = weights["fc.weight"].clone()
     nan[0, 0] = torch.nan
-    for name, value in (("fc.weight", nan), ("fc.weight", weights["fc.weight"][:5]), ("fc.weight", 3), ("odd", nan)):
+    sparse = weights["fc.weight"].to_sparse()
+    for name, value in (
+        ("fc.weight", sparse), ("fc.weight", nan), ("fc.weight", weights["fc.weight"][:5]), ("fc.weight", 3),
+        ("odd", nan),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"checkpoint: 1 weights do not fit the model or are not finite: {name}"):
             load_model(checkpoint | {"model": weights | {name: value}})

@@ -1,6 +1,10 @@
 """What goes wrong from outside: signals, kills, damaged and foreign files, a directory in use, a machine that fails."""
 
+import gc
+import multiprocessing
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, start_python, start_train
+from conftest import ROOT, SMALL, TINY, start_python, start_train
 from test_train import assert_same, load
 
 import train
@@ -150,20 +154,42 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(run_train, tmp_path, 
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_a_write_that_the_kernel_refuses_is_one_line_and_leaves_the_checkpoint(run_train, tiny_dir, tmp_path):
+    """A file may not grow beyond half a checkpoint."""
+    flags = (*TINY, "--data-dir", str(tiny_dir), "--epochs", "2")
+    run_train(tmp_path / "run", *flags, "--max-steps", "2")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"^train.py: .*File too large: '\S*\.pt'.*--resume auto\.$"):
+            run_train(tmp_path / "run", *flags, "--resume", "auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
 def test_a_directory_that_cannot_be_written_is_found_before_training(run_train, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"^train.py: .*file"):
         run_train(tmp_path / "file" / "run")
 
 
-def test_a_worker_that_dies_is_named(run_train, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_named_and_leaves_no_orphan(run_train, tmp_path, monkeypatch):
     def die(self, indices):
-        os._exit(1)
+        if torch.utils.data.get_worker_info().id == 1:
+            os._exit(1)
+        time.sleep(1)
 
     monkeypatch.setattr(train.datasets.ImageSet, "__getitems__", die)
     monkeypatch.setattr(train.datasets, "load_data", lambda *args: small_data())
     with pytest.raises(SystemExit, match=r"^train.py: DataLoader worker .*--resume auto.*--workers 0$"):
         run_train(tmp_path / "run", "--epochs", "1", "--workers", "2")
+
+
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def small_data() -> train.datasets.Data:
@@ -174,8 +200,13 @@ def small_data() -> train.datasets.Data:
 
 def test_out_of_memory_says_what_to_do():
     args = train.parse_args([])
-    line = train.explain(torch.OutOfMemoryError("CUDA out of memory"), args)
-    assert "batch-size 256" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
+    cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+    old = "[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), RuntimeError(old), MemoryError()):
+        line = train.explain(error, args)
+        assert "batch-size 256" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
+    gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+    assert re.match(r"another process is gone \(.*\): go on with --resume auto$", train.explain(gone, args))
     with pytest.raises(RuntimeError, match="anything else"):
         train.explain(RuntimeError("anything else"), args)
 

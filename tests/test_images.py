@@ -1,6 +1,9 @@
 """read_image: what a viewer would show, or one line that names the file. Expected pixels are numpy's, not Pillow's."""
 
 import io
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -81,6 +84,24 @@ def test_first_frame_of_an_animation(tmp_path, form):
     assert read_image(tmp_path / "image")[:, 4, 4].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize("depth, top", [(2, 3), (4, 15), (16, 65535)])
+def test_a_transparent_grey_of_any_depth_lies_on_white(tmp_path, depth, top):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    row = {2: b"\0\x1b", 4: b"\0\x01\x2f", 16: struct.pack(">B4H", 0, 0, 1, 2, 65535)}[depth]  # 0, 1, 2 and white
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, 0, 0, 0, 0)), (b"tRNS", b"\0\1"),
+              (b"IDAT", zlib.compress(row)), (b"IEND", b"")]  # fmt: skip
+    (tmp_path / "grey.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
+    expected = [0, 255, round(2 / top * 255), 255]
+    assert read_image(tmp_path / "grey.png").tolist() == [[expected]] * 3
+
+
+def test_16_bit_pgm(tmp_path):
+    (tmp_path / "grey.pgm").write_bytes(b"P5 2 1 65535\n\x80\x80\xff\xff")
+    assert read_image(tmp_path / "grey.pgm").tolist() == [[[128, 255]]] * 3
+
+
 def png() -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels(40, 40, 3).astype(np.uint8)).save(file, "PNG")
@@ -110,5 +131,7 @@ def test_too_many_pixels_and_values_without_a_white_are_refused(tmp_path, monkey
     monkeypatch.setattr(data, "MAX_PIXELS", 40 * 40 - 1)
     with pytest.raises(ValueError, match="40 x 40 pixels, expected at most 1599"):
         read_image(tmp_path / "image.png")
-    with pytest.raises(ValueError, match=r"nothing\.png: cannot be read"):
-        read_image(tmp_path / "nothing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("nothing", "pipe"):
+        with pytest.raises(ValueError, match=rf"{name}\.png: cannot be read"):
+            read_image(tmp_path / f"{name}.png")

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start_python, start_train
+from conftest import ROOT, SMALL, TINY, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -36,6 +37,28 @@ def assert_same(a: object, b: object, where: str = "") -> None:
         assert torch.equal(a, b), where
     else:
         assert a == b, where
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run which was interrupted has in common with one that was not."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {"last": load(folder / "last.pt"), "best": load(folder / "best.pt"), "rows": rows, "scalars": scalars}
+
+
+def keep_every_step(folder: Path) -> None:
+    """From here on each save of last.pt is followed by a copy of the folder, folder-STEP."""
+    save = train.save
+
+    def keeping(run: train.Run, name: str) -> None:
+        save(run, name)
+        run.accelerator.wait_for_everyone()
+        if name == "last.pt" and run.accelerator.is_main_process:
+            shutil.copytree(folder, folder.with_name(f"{folder.name}-{run.state.step}"), dirs_exist_ok=True)
+
+    train.save = keeping
 
 
 def test_flags_are_these():
@@ -110,6 +133,44 @@ def test_resume_is_exact(run_train, tmp_path, steps):
     assert f"at step {steps}, epoch {steps // 6 + 1}" in out
     for name in ("last.pt", "best.pt"):
         assert_same(load(tmp_path / "whole" / name), load(tmp_path / "parts" / name))
+
+
+@pytest.mark.parametrize("workers, steps", [("0", range(1, 10)), ("2", [4])])
+def test_resume_from_every_step_is_exact(run_train, tiny_dir, tmp_path, monkeypatch, workers, steps):
+    """Weights, optimizer, metrics.csv and TensorBoard's curves, of three epochs of three steps."""
+    flags = [*TINY, "-b", "20", "--data-dir", str(tiny_dir), "--epochs", "3", "--checkpoint-every", "1"]
+    monkeypatch.setattr(train, "save", train.save)
+    keep_every_step(tmp_path / "run")
+    run_train(tmp_path / "run", *flags, "--workers", workers)
+    monkeypatch.undo()
+    expected = outcome(tmp_path / "run")
+    assert [step for step, _ in expected["scalars"]["train/loss"]] == [2, 3, 4, 6, 8, 9]
+    for step in steps:
+        out = run_train(tmp_path / f"run-{step}", *flags, "--workers", workers, "--resume", "auto")
+        assert f"at step {step}," in out
+        assert_same(expected, outcome(tmp_path / f"run-{step}"))
+
+
+def test_resume_of_two_processes_is_exact(tiny_dir, tmp_path):
+    flags = [*SMALL, *TINY, "-b", "20", "--data-dir", str(tiny_dir), "--epochs", "2", "--checkpoint-every", "1"]
+    (tmp_path / "script.py").write_text(f"""
+import sys
+from pathlib import Path
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+import train
+from accelerate.state import AcceleratorState, GradientState
+from test_train import keep_every_step
+keep_every_step(Path("run"))
+for folder, more in (("run", []), ("run-4", ["--resume", "auto"])):
+    sys.argv = ["train.py", *{flags}, "--output-dir", folder, *more]
+    train.main()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+""")
+    process = start_python(2, "script.py", cwd=tmp_path)
+    out = process.communicate()[0]
+    assert process.returncode == 0 and "resumed run-4/last.pt at step 4, epoch 2" in out, out
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "run-4"))
 
 
 @pytest.mark.parametrize("calls", [(1, 2, 3), (6, 1, 6)])  # one is asked after each step and each evaluation
