@@ -9,6 +9,7 @@ JSON, per cent in the table.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -97,15 +99,15 @@ def evaluate(
     # Without DDP, whose forward waits for the other processes' forward: the shares may differ by a batch.
     model = accelerator.unwrap_model(model)
     share = range(accelerator.process_index, len(images), accelerator.num_processes)
-    loader = DataLoader(
-        Subset(images, share), batch_size, num_workers=workers, collate_fn=images.collate, worker_init_fn=ignore_signals
-    )
+    loader = DataLoader(Subset(images, share), batch_size, num_workers=workers, collate_fn=images.collate)
     loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=accelerator.device)  # images, top-1, top-5 hits
 
     was_training = model.training
     model.eval()
-    for batch, labels in loader:
+    with signals_held():
+        batches = iter(loader)
+    for batch, labels in batches:
         logits, labels = forward(accelerator, model, batch, transform), labels.to(accelerator.device)
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         hits = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (N, 5), true at most once a row
@@ -153,10 +155,17 @@ def input_size(checkpoint: dict) -> tuple[int, float]:
     return 32, 1.0  # CIFAR and shapes are seen whole
 
 
-def ignore_signals(worker: int) -> None:
-    """A data worker outlives a signal to its process group: the main process still needs it for what it is at."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """For the start of data workers: they inherit it and never get SIGTERM or SIGINT, even when their group does.
+
+    The main process, which still needs them for what it is at, gets its own at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load_checkpoint(path: str | Path) -> dict:

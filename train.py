@@ -52,10 +52,10 @@ from evaluate import (
     Metrics,
     check_weights,
     evaluate,
-    ignore_signals,
     leave,
     load_checkpoint,
     prepare_cpu,
+    signals_held,
 )
 from fishnet import create_model, load_pretrained, model_names, zero_init_last
 
@@ -397,7 +397,8 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) ->
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     for part in range(args.grad_accum_steps):
-        images, labels = next(batches)  # uint8 (N, 3, H, W), (N,)
+        with signals_held():  # the first one starts the workers
+            images, labels = next(batches)  # uint8 (N, 3, H, W), (N,)
         # A global batch's parts are numbered alike on one process that accumulates and on many that do not.
         shard = part * accelerator.num_processes + accelerator.process_index
         images = run.transform(images, seeded_generator(args.seed, state.epoch, state.step, shard))
@@ -603,7 +604,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(
         data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
-        pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_signals,
+        pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
 
     path = args.resume

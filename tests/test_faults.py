@@ -192,6 +192,20 @@ def test_a_worker_that_dies_is_named_and_leaves_no_orphan(run_train, tmp_path, m
     assert not multiprocessing.active_children()
 
 
+def test_workers_never_get_a_signal_to_the_group(run_train, tiny_dir, tmp_path, monkeypatch):
+    """From their first moment on, in training and in the evaluation."""
+    read = train.datasets.ImageSet.__getitems__
+
+    def signalled(self, indices):
+        if torch.utils.data.get_worker_info():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+        return read(self, indices)
+
+    monkeypatch.setattr(train.datasets.ImageSet, "__getitems__", signalled)
+    run_train(tmp_path / "run", *TINY, "--data-dir", str(tiny_dir), "--epochs", "1", "--workers", "2")
+
+
 def small_data() -> train.datasets.Data:
     images = train.datasets.ImageSet(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.arange(64) % 10)
     names = tuple(f"class {i}" for i in range(10))
