@@ -13,6 +13,7 @@ epoch, index), a batch's augmentation from (seed, epoch, step, shard), so a run 
 
 import argparse
 import collections
+import contextlib
 import functools
 import math
 import pickletools
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -383,15 +385,16 @@ def read_image(path: str | Path) -> Tensor:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("not a file")  # a pipe would be waited for
-        with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as image:
-            warnings.simplefilter("ignore")  # broken metadata: what matters is whether the pixels can be read
+        # Broken metadata neither warns nor refuses: what matters is whether the pixels can be read.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # before the decoder asks for the memory
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
             deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
             key = image.info.get("transparency")  # of a grey PNG: the value that is transparent, as in the file
             if isinstance(key, int) and image.mode == "L":
                 image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
-            image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(Exception):
+                image = ImageOps.exif_transpose(image)
             if deep:
                 values = np.asarray(image).astype(np.uint16)
                 image = Image.fromarray((values / 257).round().astype(np.uint8))
@@ -881,10 +884,13 @@ def print_faults(data: Data) -> int:
     """A line for each file of a folder that cannot be read, then the counts; returns how many they are."""
     files = [file for images in (data.train, data.val, data.test) for file in images.files]
     faults = 0
-    with ProcessPoolExecutor() as pool:
-        for fault in filter(None, pool.map(image_fault, files, chunksize=16)):
-            print(fault, flush=True)
-            faults += 1
+    try:
+        with ProcessPoolExecutor() as pool:
+            for fault in filter(None, pool.map(image_fault, files, chunksize=16)):
+                print(fault, flush=True)
+                faults += 1
+    except BrokenProcessPool:
+        sys.exit("data.py: a process that reads images died, perhaps for lack of memory: free some and try again")
     print(f"{len(files)} images, {faults} of them cannot be read")
     return faults
 

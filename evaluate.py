@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from data import (
     parse_pickle,
     read_image,
 )
-from fishnet import create_model
+from fishnet import check_weights, create_model
 
 
 class StateDict(dict):
@@ -168,6 +169,32 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def workers_released() -> Iterator[None]:
+    """An exception's frames keep data workers alive, for which Python would wait at its exit: it lets them go."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def explain(error: RuntimeError | MemoryError, smaller: str, again: str) -> str:
+    """One line for the failures of a machine that no argument check foresees; any other error is raised again.
+
+    `smaller` says which flags need less memory, `again` how to go on.
+    """
+    message = str(error)
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if memory or "not enough memory" in message or "can't allocate memory" in message:
+        return f"out of memory: try {smaller}"
+    if "DataLoader worker" in message:
+        return f"{message.splitlines()[0]}: {again}, or read data in the main process with --workers 0"
+    if "gloo" in message or isinstance(error, torch.distributed.DistError):
+        return f"another process is gone ({message.splitlines()[0][:100]}): {again}"
+    raise error
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py on the CPU, its checksums verified; it cannot run code (weights_only).
 
@@ -226,35 +253,18 @@ def load_model(checkpoint: dict) -> nn.Module:
     """The checkpoint's model with its weights. ValueError: they do not fit, or are not finite."""
     config, weights = checkpoint["config"], checkpoint["model"]
     try:
-        if config["num_classes"] != len(checkpoint["classes"]) or "name" in config:
+        if config["num_classes"] != len(checkpoint["classes"]):
             raise ValueError(f"{len(checkpoint['classes'])} classes")
         if sum(sum(config[part]) for part in ("tail_depths", "body_depths", "head_depths")) > len(weights):
             raise ValueError(f"more units than its {len(weights)} weights")  # a small file must not keep us building
         with torch.device("meta"):  # takes no memory: a width in the file may be anything
-            model = create_model(checkpoint["name"], **config)
+            empty = create_model(checkpoint["name"], **config)
     except Exception as error:  # what a changed file holds can be anything
         raise ValueError(f"checkpoint: its config does not fit ({type(error).__name__}: {error})") from None
-    check_weights(model, weights, "checkpoint")
-    model.to_empty(device="cpu").load_state_dict(weights)
+    check_weights(empty, weights, "checkpoint")
+    model = create_model(checkpoint["name"], **config)
+    model.load_state_dict(weights)
     return model
-
-
-def check_weights(model: nn.Module, found: dict, where: str) -> None:
-    """ValueError, naming the weights: `found` is no state_dict of the model with finite values."""
-    expected = model.state_dict()
-    odd = expected.keys() ^ found.keys()
-    odd |= {key for key in expected.keys() & found.keys() if not _fits(expected[key], found[key])}
-    if odd:
-        shown = ", ".join(sorted(map(str, odd))[:5])
-        raise ValueError(f"{where}: {len(odd)} weights do not fit the model or are not finite: {shown}")
-
-
-def _fits(expected: Tensor, found: object) -> bool:
-    return (
-        isinstance(found, Tensor)
-        and (found.shape, found.dtype, found.layout) == (expected.shape, expected.dtype, expected.layout)
-        and bool(found.isfinite().all())
-    )
 
 
 def prepare_cpu(device: torch.device) -> None:
@@ -297,6 +307,9 @@ def main() -> None:
         args.dataset = args.dataset or checkpoint["args"]["dataset"]
         data = None if args.files else load_evaluated(args, checkpoint, accelerator)
         model = load_model(checkpoint).to(accelerator.device, memory_format=torch.channels_last)
+        size, _ = input_size(checkpoint)
+        if not 0 < size <= 2**14 or size % model.config.stride:
+            raise ValueError(f"{args.checkpoint}: images of side {size} do not suit its {checkpoint['name']}")
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
 
@@ -307,9 +320,12 @@ def main() -> None:
         sys.exit(0 if whole else 1)
     images, batch_size = getattr(data, args.split), args.batch_size
     try:
-        m = evaluate(accelerator, model, images, transform, len(data.classes), batch_size, args.workers)
+        with workers_released():
+            m = evaluate(accelerator, model, images, transform, len(data.classes), batch_size, args.workers)
     except ImageFileError as error:
         sys.exit(f"evaluate.py: {error}")
+    except (RuntimeError, MemoryError) as error:
+        sys.exit(f"evaluate.py: {explain(error, f'--batch-size {max(1, batch_size // 2)}', 'start again')}")
     if accelerator.is_main_process:
         print_metrics(m, checkpoint["name"], args.split, args.dataset, data.classes, args.json)
     leave(accelerator)

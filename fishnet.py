@@ -31,7 +31,6 @@ Equations and figures are those of [P].
     backbone = FishNetFPN(model)                                                   # for torchvision's detectors
 """
 
-import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -42,7 +41,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 # ---------------------------------------------------------------------------------------------------------- units
@@ -527,6 +525,9 @@ class FishNetFPN(nn.Module):
         self.out_channels = out_channels
         widths = [feature.channels for feature in list(model.feature_info.values())[:4]]
         # The maps are sums that nothing has normalised yet: batch norm follows each convolution of the pyramid.
+        unused = [model.fc, model.head[3].resample if isinstance(model, FishNet) else model.pool]
+        for parameter in nn.ModuleList(unused).parameters():
+            parameter.requires_grad_(False)  # DistributedDataParallel would wait for their gradients
         self.fpn = FeaturePyramidNetwork(widths, out_channels, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
@@ -537,8 +538,8 @@ class FishNetFPN(nn.Module):
 def make_stage(config: FishNetConfig, i: int) -> Stage:
     """Stage i of B4 B3 B2 H1 H2 H3 H4 (0 ... 6).
 
-    In the structure of [S] M (its dilation in the first regular unit) refines once and transfers; in [O]'s the units
-    are dilated residual units that refine, and transfer blocks are residual units.
+    [S]: regular residual units, the first of them dilated; the transfer block is one M; M refines once. [O]: no regular
+    units; the transfer block is residual units; M and further residual units refine, all of them dilated.
     """
     trunk, skip = (widths[i] for widths in channel_plan(config.channels, config.k, config.structure))
     resample = nn.Upsample(scale_factor=2) if i < 3 else nn.MaxPool2d(2)
@@ -626,22 +627,6 @@ def zero_init_last(model: nn.Module) -> None:
             nn.init.zeros_(branch.conv3.weight if isinstance(branch, PreActBottleneck) else branch.bn3.weight)
 
 
-def fuse_batch_norm(model: nn.Module) -> None:
-    """Fold each batch norm that follows a convolution into it, in place: the same outputs, faster, in evaluation mode.
-
-    Afterwards the model cannot train, and its state_dict is not that of create_model.
-    """
-    for module in list(model.modules()):
-        names = list(module._modules)
-        if isinstance(module, (PreActBottleneck, PostActBottleneck)):
-            names = ["conv1", "bn2", "conv2", "bn3"] if isinstance(module, PreActBottleneck) else names
-        for conv, norm in itertools.pairwise(names):
-            pair = getattr(module, conv), getattr(module, norm)
-            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
-                setattr(module, conv, fuse_conv_bn_eval(*pair))
-                setattr(module, norm, nn.Identity())
-
-
 PAPER = dict(structure="paper", stem_stride=4, final_norm=True, num_classes=1000)
 CONFIGS = {
     "fishnet99": FishNetConfig(),
@@ -675,7 +660,7 @@ def model_names() -> list[str]:
     return list(CONFIGS)
 
 
-def create_model(name: str, **overrides: object) -> FishNet | ResNet:
+def create_model(name: str, /, **overrides: object) -> FishNet | ResNet:
     """A new network by its name; overrides, such as num_classes, replace fields of its FishNetConfig.
 
     ValueError: an unknown name or field, or a value that FishNetConfig refuses.
@@ -750,6 +735,25 @@ def rename(name: str, table: tuple) -> str:
     return name
 
 
+def check_weights(model: nn.Module, found: dict, where: str) -> None:
+    """ValueError, naming the weights and their faults: `found` is no state_dict of the model with finite values."""
+    expected = model.state_dict()
+    faults = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    faults += [f"{name} is not the model's" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        if not isinstance(found[name], Tensor):
+            faults.append(f"{name} is no tensor")
+            continue
+        theirs, ours = (f"{tuple(x.shape)} {x.dtype} {x.layout}" for x in (found[name], expected[name]))
+        if theirs != ours:
+            faults.append(f"{name} is {theirs}, expected {ours}")
+        elif not found[name].isfinite().all():
+            faults.append(f"{name} is not finite")
+    if faults:
+        shown = "; ".join(sorted(faults)[:5])
+        raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {shown}")
+
+
 def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     """Weights from a file of [O] (plain or "welltrained"), of pytorchcv, or of this project; returns what matched.
 
@@ -792,16 +796,9 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
         if theirs != ours:
             dropped = f"; the classifier is new: {ours} classes, not {theirs}"
             found |= {name: value for name, value in expected.items() if name.startswith("fc.")}
-    for name in expected:  # files from before PyTorch 0.4.1 do not count batches
-        if name.endswith("num_batches_tracked"):
-            found.setdefault(name, expected[name])
-    wrong = sorted(expected.keys() ^ found.keys()) + [
-        f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}, or not finite"
-        for name, value in expected.items()
-        if name in found and (found[name].shape != value.shape or not found[name].isfinite().all())
-    ]
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} of its weights do not fit {len(expected)}: {', '.join(wrong[:8])}")
+    uncounted = [name for name in expected if name.endswith("num_batches_tracked") and name not in found]
+    found |= {name: expected[name] for name in uncounted}  # files from before PyTorch 0.4.1 do not count batches
+    check_weights(model, found, str(path))
     model.load_state_dict(found)
-    kept = sum(name.startswith("fc.") for name in expected) if dropped else 0
-    return f"{path}: {len(expected) - kept} of {len(expected)} tensors from {source} file{dropped}"
+    own = len(uncounted) + (sum(name.startswith("fc.") for name in expected) if dropped else 0)
+    return f"{path}: {len(expected) - own} of {len(expected)} tensors from {source} file{dropped}"

@@ -30,7 +30,6 @@ import math
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -50,14 +49,15 @@ from data import BatchTransform, EpochBatches, seeded_generator
 from evaluate import (
     CHECKPOINT_FORMAT,
     Metrics,
-    check_weights,
     evaluate,
+    explain,
     leave,
     load_checkpoint,
     prepare_cpu,
     signals_held,
+    workers_released,
 )
-from fishnet import create_model, load_pretrained, model_names, zero_init_last
+from fishnet import check_weights, create_model, load_pretrained, model_names, zero_init_last
 
 # A recipe is a set of defaults; any flag overrides its own.
 RECIPES = {
@@ -84,9 +84,9 @@ MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves t
 
 # What a run's result depends on: a resumed run must agree in them.
 FIXED = (
-    "dataset", "val_fraction", "augment", "image_size", "model", "model_args", "pretrained", "zero_init_last", "epochs",
-    "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs",
-    "smoothing", "clip_grad", "seed", "mixed_precision",
+    "dataset", "val_fraction", "augment", "image_size", "model", "zero_init_last", "epochs", "batch_size",
+    "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad",
+    "seed", "mixed_precision",
 )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ class ModelArgs(argparse.Action):
             name, _, value = text.partition("=")
             try:
                 fields[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError):
                 fields[name] = value  # a word; FishNetConfig says whether it is one that it knows
         setattr(namespace, self.dest, fields)
 
@@ -340,11 +340,16 @@ def resume(run: Run, path: Path) -> None:
         for name in FIXED
         if checkpoint["args"].get(name) != getattr(run.args, name)
     ]
+    model = run.accelerator.unwrap_model(run.model)
+    config = dataclasses.asdict(model.config)
+    changed += [f"{name} {checkpoint['config'].get(name)} -> {config[name]}" for name in config
+                if checkpoint["config"].get(name) != config[name]]  # fmt: skip
+    if checkpoint["classes"] != list(run.data.classes):
+        raise ValueError(f"{path}: its classes are not those of {run.args.dataset} in {run.args.data_dir}")
     if changed and not run.args.override:
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, or --override")
     if checkpoint["args"].get("opt") != run.args.opt:
         raise ValueError(f"{path}: its optimizer is {checkpoint['args'].get('opt')}, and --override cannot change that")
-    model = run.accelerator.unwrap_model(run.model)
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
     try:
@@ -653,12 +658,7 @@ def run_epochs(run: Run) -> None:
     clean = BatchTransform(data.mean, data.std)
     batch_size = run.args.batch_size // run.args.grad_accum_steps // run.accelerator.num_processes
     while not finished(run):
-        try:
-            row = train_epoch(run)
-        except BaseException as error:
-            # The frames hold the data workers. Those ignore SIGTERM, by which Python ends what is left at its exit.
-            traceback.clear_frames(error.__traceback__)
-            raise
+        row = train_epoch(run)
         whole = state.step == (state.epoch + 1) * run.steps_per_epoch
         if not whole:
             save(run, "last.pt")  # --max-steps ends inside an epoch: from here a longer run goes on
@@ -693,7 +693,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, args)}")
+        sys.exit(f"train.py: {explain(error, *advice(args))}")
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     accelerator.print(
@@ -705,13 +705,14 @@ def main() -> None:
     started = time.perf_counter()
     stop.training = True
     try:
-        run_epochs(run)
+        with workers_released():
+            run_epochs(run)
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
     except (OSError, datasets.ImageFileError) as error:
         sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, args)}")
+        sys.exit(f"train.py: {explain(error, *advice(args))}")
     finally:
         if run.lock:
             run.lock.close()
@@ -725,21 +726,11 @@ def main() -> None:
     leave(accelerator)
 
 
-def explain(error: RuntimeError | MemoryError, args: argparse.Namespace) -> str:
-    """One line for the failures of a machine that no argument check foresees; any other error is raised again."""
-    message = str(error)
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if memory or "not enough memory" in message or "can't allocate memory" in message:
-        parts = 2 * args.grad_accum_steps
-        return (
-            f"out of memory at batch-size {args.batch_size} in {args.grad_accum_steps} part(s): try --grad-accum-steps "
-            f"{parts}, the same optimisation in smaller parts, or --batch-size {max(2, args.batch_size // 2)}"
-        )
-    if "DataLoader worker" in message:
-        return f"{message.splitlines()[0]}: go on with --resume auto, or read data in the main process with --workers 0"
-    if "gloo" in message or isinstance(error, torch.distributed.DistError):
-        return f"another process is gone ({message.splitlines()[0][:100]}): go on with --resume auto"
-    raise error
+def advice(args: argparse.Namespace) -> tuple[str, str]:
+    """For `explain`: how to need less memory, and how to go on."""
+    parts = 2 * args.grad_accum_steps
+    smaller = f"--grad-accum-steps {parts}, the same optimisation in smaller parts, or --batch-size"
+    return f"{smaller} {max(2, args.batch_size // 2)}", "go on with --resume auto"
 
 
 if __name__ == "__main__":

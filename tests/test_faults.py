@@ -217,12 +217,13 @@ def test_out_of_memory_says_what_to_do():
     cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
     old = "[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), RuntimeError(old), MemoryError()):
-        line = train.explain(error, args)
+        line = train.explain(error, *train.advice(args))
         assert "batch-size 256" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
-    assert re.match(r"another process is gone \(.*\): go on with --resume auto$", train.explain(gone, args))
+    line = train.explain(gone, *train.advice(args))
+    assert re.match(r"another process is gone \(.*\): go on with --resume auto$", line)
     with pytest.raises(RuntimeError, match="anything else"):
-        train.explain(RuntimeError("anything else"), args)
+        train.explain(RuntimeError("anything else"), *train.advice(args))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_saving(run_train, tmp_path, monkeypatch):

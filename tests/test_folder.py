@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 import data
 import evaluate as evaluation
 import train
-from data import BatchTransform, load_data, random_box, seeded_generator
+from data import load_data, random_box, seeded_generator
 from fishnet import create_model
 
 COLOURS = {"apple": (200, 40, 40), "banana": (220, 200, 40), "cherry leaf": (40, 140, 60)}
@@ -272,6 +272,22 @@ def test_an_unreadable_image_stops_the_run_with_one_line(run_folder, copy, tmp_p
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_an_unreadable_image_of_the_validation_does_not_hang_its_workers(copy, tmp_path):
+    broken = next(path for path in sorted((copy / "val").rglob("*")) if path.is_file())
+    broken.write_bytes(broken.read_bytes()[:50])
+    process = start_train(copy, tmp_path / "run", *FOLDER, "--epochs", "1", "--workers", "2")
+    message = process.communicate(timeout=60)[0].splitlines()[-1]
+    assert process.returncode == 1 and message.startswith(f"train.py: {broken}: cannot be read as an image (")
+
+
+def test_a_run_is_bound_to_its_classes(run_folder, copy):
+    run_folder(copy, "run", "--epochs", "2", "--max-steps", "3")
+    for part in ("train", "val"):
+        (copy / part / "banana").rename(copy / part / "zebra")
+    with pytest.raises(SystemExit, match="its classes are not those of folder in"):
+        run_folder(copy, "run", "--epochs", "2", "--resume", "auto")
+
+
 def test_six_images_are_a_dataset(run_folder, tmp_path):
     for name in ("a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"):
         draw(tmp_path / "train" / name)
@@ -418,15 +434,6 @@ def test_stats_and_grid(run_data, photos, tmp_path):
     picture = pixels(tmp_path / "grid.png")
     x, y = 4, 24  # of the first image on the left, as draw_grid places it
     assert torch.equal(picture[:, y : y + 224, x : x + 224], load_data("folder", photos).val[0][0])
-
-
-def test_grid_of_the_right_half(photos):
-    loaded = load_data("folder", photos, image_size=32)
-    shown = data.first_augmented(loaded, "slides", seed=7)
-    images = load_data("folder", photos, image_size=32).train
-    images.epoch = 0
-    transform = BatchTransform((0, 0, 0), (1, 1, 1), data.train_transforms("slides", images))
-    assert torch.equal(shown, transform(images.__getitems__(list(range(24)))[0], seeded_generator(7)).clamp(0, 1))
 
 
 @pytest.mark.parametrize("dataset, flag", [("folder", "--time"), ("shapes", "--check")])

@@ -202,7 +202,7 @@ def test_model_args_reach_the_network_and_a_run_is_bound_to_them(run_train, tmp_
     run_train(tmp_path / "run", *flags, "--max-steps", "1")
     config = load(tmp_path / "run" / "last.pt")["config"]
     assert (config["k"], config["bridge"], config["channels"]) == (4, "none", (32, 32, 64, 64))
-    with pytest.raises(SystemExit, match=r"is of another run \(model-args .*'k': 4.* -> \{\}"):
+    with pytest.raises(SystemExit, match=r"another run \(channels \(32, .* -> \(48, .*, k 4 -> 2, bridge none -> se\)"):
         run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
     out = run_train(tmp_path / "run", *flags, "--max-steps", "2", "--resume", "auto")
     assert "at step 1" in out
@@ -284,6 +284,7 @@ def test_loss_that_is_not_finite_stops_before_saving(run_train, tmp_path):
         (["--pretrained", "nothing.pt"], "nothing.pt: no such file of weights"),
         (["--model-args", "in_channels=1"], "in_channels=1: expected 3"),
         (["--model-args", "k=5"], "k=5: expected a divisor"),
+        (["--model-args", "name=5"], "name: no field of FishNetConfig"),
         (["--model-args", "depth=5"], "depth: no field of FishNetConfig"),
         (["--model-args", "num_classes=5"], "num_classes: is the dataset's"),
         (["--data-dir", "/dev/null"], "/dev/null"),
