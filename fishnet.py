@@ -524,10 +524,10 @@ class FishNetFPN(nn.Module):
         self.model = model
         self.out_channels = out_channels
         widths = [feature.channels for feature in list(model.feature_info.values())[:4]]
-        # The maps are sums that nothing has normalised yet: batch norm follows each convolution of the pyramid.
         unused = [model.fc, model.head[3].resample if isinstance(model, FishNet) else model.pool]
         for parameter in nn.ModuleList(unused).parameters():
             parameter.requires_grad_(False)  # DistributedDataParallel would wait for their gradients
+        # The maps are sums that nothing has normalised yet: batch norm follows each convolution of the pyramid.
         self.fpn = FeaturePyramidNetwork(widths, out_channels, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:

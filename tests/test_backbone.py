@@ -146,8 +146,9 @@ def test_files_of_others_give_the_logits_of_their_networks(tmp_path, name, form)
     line = load_pretrained(model, tmp_path / "file.pth")
     names = model.state_dict().keys()
     there = [name for name in names if not name.endswith("num_batches_tracked")]  # as in files of 2018
-    assert f"{len(there)} of {len(names)} tensors" in line and ("pytorchcv" if form == "pytorchcv" else "authors") in line
-    golden = GOLDEN["pytorchcv" if form == "pytorchcv" else "authors"][name]
+    source = "pytorchcv" if form == "pytorchcv" else "authors"
+    assert f"{len(there)} of {len(names)} tensors from " in line and source in line
+    golden = GOLDEN[source][name]
     np.testing.assert_allclose(logits(model), golden, rtol=1e-3, atol=1e-3 * np.abs(golden).max())
 
 
