@@ -385,7 +385,10 @@ def print_metrics(m: Metrics, model: str, split: str, dataset: str, classes: tup
 
 def leave(accelerator: Accelerator) -> None:
     """The end of a program on any number of processes: one that goes while others still talk to it makes them abort."""
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.wait_for_everyone()
+    except RuntimeError:
+        sys.exit(f"{Path(sys.argv[0]).name}: another process is gone before the end; what is written is whole")
     accelerator.end_training()
 
 

@@ -230,3 +230,12 @@ def test_a_model_from_a_checkpoint_gives_the_logits_of_the_one_that_was_saved(ch
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(load_model(content).eval()(images), source(images))
+
+
+def test_the_last_of_several_processes_ends_with_one_line():
+    class Alone:
+        def wait_for_everyone(self):
+            raise RuntimeError("Connection reset by peer")
+
+    with pytest.raises(SystemExit, match="another process is gone before the end; what is written is whole"):
+        evaluation.leave(Alone())
