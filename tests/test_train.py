@@ -152,24 +152,21 @@ def test_resume_from_every_step_is_exact(run_train, tiny_dir, tmp_path, monkeypa
 
 
 def test_resume_of_two_processes_is_exact(tiny_dir, tmp_path):
-    flags = [*SMALL, *TINY, "-b", "20", "--data-dir", str(tiny_dir), "--epochs", "2", "--checkpoint-every", "1"]
+    flags = [*SMALL, *TINY, "-b", "20", "--data-dir", tiny_dir, "--epochs", "2", "--checkpoint-every", "1"]
     (tmp_path / "script.py").write_text(f"""
 import sys
 from pathlib import Path
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
 import train
-from accelerate.state import AcceleratorState, GradientState
 from test_train import keep_every_step
 keep_every_step(Path("run"))
-for folder, more in (("run", []), ("run-4", ["--resume", "auto"])):
-    sys.argv = ["train.py", *{flags}, "--output-dir", folder, *more]
-    train.main()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+train.main()
 """)
-    process = start_python(2, "script.py", cwd=tmp_path)
-    out = process.communicate()[0]
-    assert process.returncode == 0 and "resumed run-4/last.pt at step 4, epoch 2" in out, out
+    for more in (["--output-dir", "run"], ["--output-dir", "run-4", "--resume", "auto"]):
+        process = start_python(2, "script.py", *flags, *more, cwd=tmp_path)
+        out = process.communicate()[0]
+        assert process.returncode == 0, out
+    assert "resumed run-4/last.pt at step 4, epoch 2" in out, out
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "run-4"))
 
 
