@@ -125,7 +125,6 @@ def logits(model: nn.Module) -> np.ndarray:
     ("name", "form"),
     [
         ("fishnet99_imagenet", "authors"),
-        ("fishnet150_imagenet", "authors"),
         ("fishnet150_imagenet", "welltrained"),
         ("fishnet150_imagenet", "pytorchcv"),
     ],

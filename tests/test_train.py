@@ -125,8 +125,7 @@ def test_a_run_and_its_files(run_train, tmp_path):
     assert [event.value for event in events.Scalars("val/loss")] == pytest.approx([float(r["val_loss"]) for r in rows])
 
 
-@pytest.mark.parametrize("steps", [6, 9])  # the end of an epoch, the middle of one
-def test_resume_is_exact(run_train, tmp_path, steps):
+def test_resume_after_max_steps_is_exact(run_train, tmp_path, steps=9):  # in the middle of an epoch
     run_train(tmp_path / "whole", "--epochs", "3")
     run_train(tmp_path / "parts", "--epochs", "3", "--max-steps", str(steps))
     out = run_train(tmp_path / "parts", "--epochs", "3", "--resume", "auto")
@@ -170,10 +169,9 @@ train.main()
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "run-4"))
 
 
-@pytest.mark.parametrize("calls", [(1, 2, 3), (6, 1, 6)])  # one is asked after each step and each evaluation
-def test_resume_after_signals_is_exact(run_train, tmp_path, monkeypatch, calls):
+def test_resume_after_signals_is_exact(run_train, tmp_path, monkeypatch):
     run_train(tmp_path / "whole", "--epochs", "2")
-    for call in calls:
+    for call in (6, 1, 6):  # one is asked after each step and each evaluation
         answers = itertools.chain([0] * (call - 1), [15])
         monkeypatch.setattr(train.StopSignal, "agreed", lambda *_, answers=answers: next(answers))
         with pytest.raises(SystemExit) as stop:
@@ -317,13 +315,12 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_two_processes_train_like_one(cifar_dir, tmp_path, workers):
+def test_two_processes_train_like_one(cifar_dir, tmp_path):
     """Batch norm is taken into account by accumulation: one process that cuts each batch in two parts normalises the
     same 16 images together as each of two processes does, and sees the same pixels. Running statistics are left out:
     they are the first process's, while one process updates them twice a step. The steps are small: the last bits in
     which the sums differ grow tenfold a step at high learning rates, whatever computes them."""
-    flags = ("--epochs", "4", "--max-steps", "20", "--workers", workers, "--lr", "2e-4", "--clip-grad", "1")
+    flags = ("--epochs", "4", "--max-steps", "20", "--lr", "2e-4", "--clip-grad", "1")
     for name, processes, more in (("one", 1, ("--grad-accum-steps", "2")), ("two", 2, ())):
         process = start_train(cifar_dir, tmp_path / name, *flags, *more, processes=processes)
         out = process.communicate()[0]
