@@ -159,6 +159,11 @@ def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Te
 # ---------------------------------------------------------------------------------------------------------- CIFAR
 
 
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing: the libraries' errors may be long."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
     """What a pickle holds. "module name" in it stands for names["module name"]: nothing else is looked up or called.
 
@@ -294,8 +299,7 @@ def read_pickle(path: Path) -> dict:
         try:
             content = parse_pickle(file, names)
         except Exception as error:  # a broken pickle raises anything, from IndexError to MemoryError
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path}: not a CIFAR file ({reason})") from None
+            raise ValueError(f"{path}: not a CIFAR file ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__.strip('_')}, expected a dict")
     return content
@@ -407,8 +411,7 @@ def read_image(path: str | Path) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # decoders raise many kinds for damaged files
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ImageFileError(f"{path}: cannot be read as an image ({reason})") from None
+        raise ImageFileError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
 
 def image_fault(path: str | Path) -> str | None:
@@ -474,6 +477,9 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int) -> Data:
     return Data(**sets, classes=classes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
+CENTRE_RATIO = 0.875  # of a folder's images: the part of the short side that validation sees
+
+
 class FolderSet(Dataset):
     """Files (N,) of images and labels int64 (N,): as ImageSet, but an image is read and cropped when it is asked for.
 
@@ -515,7 +521,7 @@ class FolderSet(Dataset):
         return FolderSet(self.root, files, self.labels[indices], self.size, self.seed)
 
 
-def centre_crop(image: Tensor, size: int, ratio: float = 0.875) -> Tensor:
+def centre_crop(image: Tensor, size: int, ratio: float = CENTRE_RATIO) -> Tensor:
     """uint8 (3, H, W), its short side resized to size / ratio, antialiased -> the centre (3, size, size)."""
     height, width = image.shape[1:]
     # A line of 1 x 10^6 pixels would grow to gigabytes: of what is longer than 8 squares, the middle.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from data import (
+    CENTRE_RATIO,
     DATASETS,
     BatchTransform,
     Data,
@@ -38,6 +39,7 @@ from data import (
     ImageSet,
     centre_crop,
     load_data,
+    one_line,
     parse_pickle,
     read_image,
 )
@@ -152,7 +154,7 @@ def predict(
 def input_size(checkpoint: dict) -> tuple[int, float]:
     """The side of a checkpoint's images, and the part of an image's short side that it is: for centre_crop."""
     if checkpoint["args"]["dataset"] == "folder":
-        return checkpoint["args"]["image_size"], 0.875
+        return checkpoint["args"]["image_size"], CENTRE_RATIO
     return 32, 1.0  # CIFAR and shapes are seen whole
 
 
@@ -209,8 +211,7 @@ def load_checkpoint(path: str | Path) -> dict:
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from None
+            raise ValueError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")
     wrong = [key for key, kind in CHECKPOINT_KEYS.items() if not isinstance(checkpoint.get(key), kind)]

@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
-from data import BatchTransform, EpochBatches, seeded_generator
+from data import BatchTransform, EpochBatches, one_line, seeded_generator
 from evaluate import (
     CHECKPOINT_FORMAT,
     Metrics,
@@ -355,7 +355,7 @@ def resume(run: Run, path: Path) -> None:
     try:
         sums = load_state(run, checkpoint)
     except Exception as error:  # what a changed file holds can be anything
-        raise ValueError(f"{path}: its state does not fit ({str(error).partition(chr(10))[0]})") from None
+        raise ValueError(f"{path}: its state does not fit ({one_line(error)})") from None
     if len(sums) == run.accelerator.num_processes:
         run.sums.copy_(sums[run.accelerator.process_index])
     elif run.accelerator.is_main_process:

@@ -137,12 +137,11 @@ def evaluate(model: nn.Module, scenes: int = 200) -> tuple[float, float]:
                 row.append(best is not None)
             table.append(row)
     table = torch.tensor(table, dtype=torch.float64).view(-1, 4)
-    present = counts.nonzero().flatten().tolist()
-    boxes, masks = (
-        sum(average_precision(rows[:, 1], rows[:, column], counts[label].item()) for label in present for rows in
-            [table[table[:, 0] == label]]) / len(present)
-        for column in (2, 3)
-    )  # fmt: skip
+    precisions = []  # (box, mask) of each class
+    for label in counts.nonzero().flatten().tolist():
+        _, scores, *hits = table[table[:, 0] == label].T
+        precisions.append([average_precision(scores, hit, counts[label].item()) for hit in hits])
+    boxes, masks = np.mean(precisions, axis=0).tolist()
     return boxes, masks
 
 

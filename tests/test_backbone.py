@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from detect_figures import draw_scene
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
@@ -232,26 +233,6 @@ def test_what_the_readme_shows_runs_and_has_its_sizes():
     assert names["pixels"].shape == (2, 21, 224, 224)
 
 
-def drawn_scene(seed: int, size: int = 96) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """An image with a bright rectangle and a bright disc on noise: (3, size, size), and torchvision's target."""
-    rng = np.random.default_rng(seed)
-    image = rng.uniform(0, 0.3, (3, size, size)).astype(np.float32)
-    y, x = np.mgrid[:size, :size]
-    boxes, masks = [], []
-    for label in (1, 2):
-        cx, cy, r = *rng.integers(24, size - 24, 2), int(rng.integers(12, 22))
-        mask = (np.abs(x - cx) < r) & (np.abs(y - cy) < r) if label == 1 else (x - cx) ** 2 + (y - cy) ** 2 < r * r
-        image[:, mask] = rng.uniform(0.5, 1, 3)[:, None]
-        boxes.append([cx - r, cy - r, cx + r, cy + r])
-        masks.append(mask)
-    target = {
-        "boxes": torch.tensor(boxes, dtype=torch.float32),
-        "labels": torch.tensor([1, 2]),
-        "masks": torch.from_numpy(np.stack(masks)).byte(),
-    }
-    return torch.from_numpy(image), target
-
-
 @pytest.mark.parametrize("name", ["fishnet_tiny", "fishnet99_imagenet", "resnet50"])
 def test_pyramid_keeps_torchvisions_contract(name):
     model = create_model(name, **({} if name == "fishnet_tiny" else {"channels": (16, 32, 64, 128)}))
@@ -269,11 +250,11 @@ def test_detectors_train_and_detect(detector):
     torch.manual_seed(0)
     backbone = FishNetFPN(create_model("fishnet_tiny"), out_channels=32)
     model = detector(
-        backbone, num_classes=3, min_size=96, max_size=96, box_batch_size_per_image=32, rpn_post_nms_top_n_train=100,
+        backbone, num_classes=11, min_size=96, max_size=96, box_batch_size_per_image=32, rpn_post_nms_top_n_train=100,
         rpn_post_nms_top_n_test=50,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
-    images, targets = zip(*(drawn_scene(seed) for seed in range(2)))
+    images, targets = zip(*(draw_scene(seed) for seed in range(2)))
     losses = []
     for _ in range(4):
         loss = sum(model(list(images), list(targets)).values())
@@ -295,7 +276,7 @@ def test_a_head_on_the_finest_map_segments():
     torch.manual_seed(0)
     model = create_model("fishnet_tiny")
     head = nn.Conv2d(model.feature_info["H1"].channels, 1, 1)
-    images, targets = zip(*(drawn_scene(seed) for seed in range(4)))
+    images, targets = zip(*(draw_scene(seed) for seed in range(4)))
     images = torch.stack(images)
     masks = torch.stack([target["masks"].amax(0) for target in targets])[:, None].float()
     optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], 3e-3)
