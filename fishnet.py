@@ -312,11 +312,11 @@ class FishNetConfig:
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
     tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
     T4, or "none". stem_stride: of the first convolution. final_norm: BN-ReLU before the last pool. in_channels: of the
-    images. num_classes: of the classifier.
+    images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1 to 32.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units
-    but more refining ones, body_depths and head_depths (of H1 H2 H3; H4 does not refine), dilated in B3 and B2;
+    but more refining ones, body_depths and head_depths (of H1 H2 H3; H4 does not refine), dilated in the body;
     transfer blocks of residual units, transfer_depths of B3 B2 H1 H2 H3 H4; and two BN-ReLU with a convolution between
     before the last pool.
     """
@@ -333,11 +333,12 @@ class FishNetConfig:
     final_norm: bool = False
     in_channels: int = 3
     num_classes: int = 10
+    body_dilations: tuple[int, ...] = (1, 2, 4)
     structure: str = "slides"
     transfer_depths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("channels", "tail_depths", "body_depths", "head_depths", "transfer_depths"):
+        for name in ("channels", "tail_depths", "body_depths", "head_depths", "body_dilations", "transfer_depths"):
             if not isinstance(getattr(self, name), (list, tuple)):
                 self._refuse(name, "a list of integers")
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -359,6 +360,9 @@ class FishNetConfig:
         if not tail_only:
             self._check_integers("body_depths", 3, minimum=int(paper))
             self._check_integers("head_depths", 3 if paper else 4, minimum=int(paper))
+        self._check_integers("body_dilations", 3, minimum=1)
+        if max(self.body_dilations) > 32:
+            self._refuse("body_dilations", "at most 32")
         self._check_integers("transfer_depths", 6 if paper else 0, minimum=0)
         for name in ("k", "in_channels", "num_classes"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
@@ -545,7 +549,7 @@ def make_stage(config: FishNetConfig, i: int) -> Stage:
     resample = nn.Upsample(scale_factor=2) if i < 3 else nn.MaxPool2d(2)
     if i == 6:
         resample = make_pool(trunk + skip, config)
-    dilation = (1, 2, 4, 1, 1, 1, 1)[i]
+    dilation = (*config.body_dilations, 1, 1, 1, 1)[i]
     k = config.k if i < 3 else 1
     depths = (*config.body_depths, *config.head_depths)
     if config.structure == "slides":

@@ -508,7 +508,7 @@ def log_gradient_norms(run: Run) -> None:
     norms = {"tail": [], "body": [], "head": []}
     for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters():
         part = name.split(".")[0]
-        norms[{"stem": "tail", "fc": "head"}.get(part, part)].append(parameter.grad)
+        norms[{"stem": "tail", "pool": "head", "fc": "head"}.get(part, part)].append(parameter.grad)
     for part, gradients in norms.items():
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)

@@ -56,7 +56,7 @@ def fill(model):
 
 def reference(
     x, channels, tail, body, head, k=2, preact=True, stem_stride=1, final_norm=False, num_classes=10,
-    tail_shortcut="conv", bridge="se",
+    tail_shortcut="conv", bridge="se", body_dilations=(1, 2, 4),
 ):  # fmt: skip
     """Train-mode logits of the slides' networks, written straight down; it makes its weights when it meets a shape."""
     c1, c2, c3, c4 = channels
@@ -118,9 +118,9 @@ def reference(
         y = m(x, c4)
         squeezed = conv(y.mean((2, 3), keepdim=True), c4 // 16).relu()
         x = activate_sum(x + y * conv(squeezed, c4).sigmoid())
-    b4 = cat(x, x4, body[0])
-    b3 = cat(up(b4), x3, body[1], dilation=2)
-    b2 = cat(up(b3), x2, body[2], dilation=4)
+    b4 = cat(x, x4, body[0], body_dilations[0])
+    b3 = cat(up(b4), x3, body[1], body_dilations[1])
+    b2 = cat(up(b3), x2, body[2], body_dilations[2])
     h1 = cat(up(b2), x1, head[0])
     h2 = cat(down(h1), b2, head[1])
     h3 = cat(down(h2), b3, head[2])
@@ -145,6 +145,7 @@ CASES = {
     "repeat": {"tail_shortcut": "repeat"},  # 8 -> 18 -> 24 -> 32: not multiples
     "repeat, doubled": {"tail_shortcut": "repeat", "channels": (8, 16, 32, 64)},
     "no bridge": {"bridge": "none"},
+    "other dilations": {"body_dilations": (3, 1, 2)},
     "direct, post-activation": {"tail_shortcut": "repeat", "bridge": "none", "preact": False},
     "resnet, final norm": {"tail": (1, 1, 1, 1), "body": (), "head": (), "final_norm": True},
     "grey": {"in_channels": 1},
@@ -304,6 +305,9 @@ def test_weights_at_the_start():
         ("tail_shortcut", "none", "'conv' or 'repeat'"),
         ("bridge", True, "'se' or 'none'"),
         ("structure", "imagenet", "'slides' or 'paper'"),
+        ("body_dilations", (1, 2), "3 integers"),
+        ("body_dilations", (1, 2, 0), "at least 1"),
+        ("body_dilations", (1, 2, 33), "at most 32"),
         ("transfer_depths", (1, 1, 1, 1, 1, 1), "0 integers"),
     ],
 )

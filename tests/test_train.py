@@ -125,6 +125,13 @@ def test_a_run_and_its_files(run_train, tmp_path):
     assert [event.value for event in events.Scalars("val/loss")] == pytest.approx([float(r["val_loss"]) for r in rows])
 
 
+def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
+    fields = "body_depths=()", "head_depths=()", "final_norm=True"
+    run_train(tmp_path / "run", "--max-steps", "1", "--log-every", "1", "--model-args", *fields)
+    norms = {tag for tag in EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"] if "gradient" in tag}
+    assert norms == {"gradient_norm/tail", "gradient_norm/head"}
+
+
 def test_resume_after_max_steps_is_exact(run_train, tmp_path, steps=9):  # in the middle of an epoch
     run_train(tmp_path / "whole", "--epochs", "3")
     run_train(tmp_path / "parts", "--epochs", "3", "--max-steps", str(steps))
