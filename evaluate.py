@@ -2,6 +2,7 @@
 
     python evaluate.py runs/NAME/best.pt                     # test set; the dataset is the checkpoint's
     python evaluate.py runs/NAME/best.pt --split val --json  # one JSON object instead of the table
+    python evaluate.py runs/NAME/best.pt --tta               # averaged with the images' mirror images
     python evaluate.py runs/NAME/best.pt cat.jpg dog.png     # the most probable classes of each file
 
 Model, class names, image size and normalisation come from the checkpoint. Errors and probabilities are fractions in
@@ -130,6 +131,17 @@ def evaluate(
         class_errors=tuple((n - hits) / n if n else 0.0 for n, hits in zip(class_images, class_hits)),
         class_images=tuple(class_images),
     )
+
+
+class FlipAveraged(nn.Module):
+    """A model that sees each image and its mirror image: images (N, C, H, W) -> mean logits (N, classes), float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.model(x).float() + self.model(x.flip(3)).float()) / 2
 
 
 def forward(accelerator: Accelerator, model: nn.Module, images: Tensor, transform: BatchTransform) -> Tensor:
@@ -293,6 +305,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "val"), help="default: test")
     parser.add_argument("-b", "--batch-size", type=int, default=256, help="of each process (default: %(default)s)")
     parser.add_argument("-j", "--workers", type=int, default=0, help="data processes (default: %(default)s)")
+    parser.add_argument("--tta", action="store_true", help="average the logits of each image and its mirror image")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     for name in ("dataset", "data_dir", "split", "batch_size", "workers"):
@@ -313,6 +326,8 @@ def main() -> None:
             raise ValueError(f"{args.checkpoint}: images of side {size} do not suit its {checkpoint['name']}")
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
+    if args.tta:
+        model = FlipAveraged(model)
 
     transform = BatchTransform(checkpoint["mean"], checkpoint["std"])
     if args.files:
@@ -328,7 +343,8 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"evaluate.py: {explain(error, f'--batch-size {max(1, batch_size // 2)}', 'start again')}")
     if accelerator.is_main_process:
-        print_metrics(m, checkpoint["name"], args.split, args.dataset, data.classes, args.json)
+        name = checkpoint["name"] + (", flip-averaged," if args.tta else "")
+        print_metrics(m, name, args.split, args.dataset, data.classes, args.json)
     leave(accelerator)
 
 

@@ -41,7 +41,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 # ---------------------------------------------------------------------------------------------------------- units
 
@@ -483,22 +482,24 @@ class FishNet(nn.Module):
         x4 = F.max_pool2d(self.tail[2](x3), 2)  # (N, c4, H/8, W/8)
         bridge = self.tail[3](x4)  # (N, c4, H/8, W/8)
 
-        kept = {}
+        kept, body = {}, {}
 
-        def run(name: str, stage: Stage, trunk: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        def run(name: str, stage: Stage, trunk: Tensor, skip: Tensor | None) -> Tensor:
             maps = stage(trunk, skip)
             if name in keep:
                 kept[name] = maps.refined
-            return maps.concatenation, maps.resampled
+            if name in ("B4", "B3", "B2"):
+                body[name] = maps.concatenation
+            return maps.resampled
 
-        b4, x = run("B4", self.body[0], bridge, None if paper else x4)  # x: (N, B3, H/4, W/4)
-        b3, x = run("B3", self.body[1], x, x3)  # (N, B2, H/2, W/2)
-        b2, x = run("B2", self.body[2], x, x2)  # (N, H1, H, W)
+        x = run("B4", self.body[0], bridge, None if paper else x4)  # (N, B3, H/4, W/4)
+        x = run("B3", self.body[1], x, x3)  # (N, B2, H/2, W/2)
+        x = run("B2", self.body[2], x, x2)  # (N, H1, H, W)
 
-        _, x = run("H1", self.head[0], x, x1)  # (N, H2, H/2, W/2)
-        _, x = run("H2", self.head[1], x, b2)  # (N, H3, H/4, W/4)
-        _, x = run("H3", self.head[2], x, b3)  # (N, H4, H/8, W/8)
-        _, x = run("H4", self.head[3], x, b4 if paper else x4)  # (N, H4 + c4, 1, 1), or half of it
+        x = run("H1", self.head[0], x, x1)  # (N, H2, H/2, W/2)
+        x = run("H2", self.head[1], x, body["B2"])  # (N, H3, H/4, W/4)
+        x = run("H3", self.head[2], x, body["B3"])  # (N, H4, H/8, W/8)
+        x = run("H4", self.head[3], x, body["B4"] if paper else x4)  # (N, H4 + c4, 1, 1), or half of it
         return x, kept
 
     def forward_features(self, x: Tensor, body: bool = False) -> OrderedDict[str, Tensor]:
@@ -525,6 +526,9 @@ class FishNetFPN(nn.Module):
 
     def __init__(self, model: "FishNet | ResNet", out_channels: int = 256) -> None:
         super().__init__()
+        # Here, since only detectors need it: it doubles the time and adds to the memory that "import fishnet" takes.
+        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
         self.model = model
         self.out_channels = out_channels
         widths = [feature.channels for feature in list(model.feature_info.values())[:4]]

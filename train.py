@@ -224,6 +224,7 @@ class Run:
     writer: SummaryWriter | None = None  # on the main process
     state: RunState = dataclasses.field(default_factory=RunState)
     save_seconds: float = 0.0
+    data_seconds: float = 0.0  # of the epoch: waiting for images and augmenting them
     skipped: int = 0  # steps in a row that fp16's loss scaler has skipped
 
     @property
@@ -295,7 +296,7 @@ def save(run: Run, name: str) -> None:
         "format": CHECKPOINT_FORMAT,
         "name": run.args.model,
         "config": dataclasses.asdict(model.config),
-        "model": model.state_dict(),
+        "model": {k: x.contiguous() for k, x in model.state_dict().items()},  # safetensors takes no channels_last
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "classes": list(run.data.classes),
@@ -402,11 +403,13 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) ->
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     for part in range(args.grad_accum_steps):
+        started = time.perf_counter()
         with signals_held():  # the first one starts the workers
             images, labels = next(batches)  # uint8 (N, 3, H, W), (N,)
         # A global batch's parts are numbered alike on one process that accumulates and on many that do not.
         shard = part * accelerator.num_processes + accelerator.process_index
         images = run.transform(images, seeded_generator(args.seed, state.epoch, state.step, shard))
+        run.data_seconds += time.perf_counter() - started
         with accelerator.accumulate(run.model):
             logits = run.model(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
@@ -442,7 +445,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     )  # fmt: skip
     run.model.train()
     run.data.train.epoch = None if args.augment == "none" else state.epoch  # before the workers get their copies
-    started = time.perf_counter()
+    started, run.data_seconds = time.perf_counter(), 0.0
     batches = iter(run.loader)
     before = None
     while state.step < end:
@@ -458,8 +461,8 @@ def train_epoch(run: Run) -> dict[str, float]:
         state.step += 1
         bar.update()
         if state.step % args.log_every == 0 or state.step == end:
-            speed = (state.step - first) * args.batch_size / (time.perf_counter() - started)
-            log_step(run, bar, result, lr, speed)
+            seconds = time.perf_counter() - started
+            log_step(run, bar, result, lr, (state.step - first) * args.batch_size / seconds, run.data_seconds / seconds)
         stopped = run.stop.agreed(accelerator)
         due = args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end
         if stopped or due or state.step == end:
@@ -477,6 +480,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         "epoch": state.epoch + 1, "step": state.step, "lr": learning_rate(args, state.step - 1, steps),
         "train_loss": loss / images, "train_top1_error": errors / images,
         "images_per_second": (state.step - first) * args.batch_size / seconds, "seconds": seconds,
+        "data_wait": run.data_seconds / seconds,
     }  # fmt: skip
 
 
@@ -515,14 +519,18 @@ def log_gradient_norms(run: Run) -> None:
             run.writer.add_scalar(f"gradient_norm/{part}", float(norm), run.state.step + 1)
 
 
-def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float) -> None:
-    """The epoch's mean on the progress bar, this step's values to TensorBoard."""
+def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float, data_wait: float) -> None:
+    """The epoch's mean on the progress bar, this step's values to TensorBoard.
+
+    speed: images/s, data_wait: the part of the time in which data is awaited or augmented; both of the epoch so far.
+    """
     loss, errors, images = run.sums.tolist()
     bar.set_postfix_str(f"loss {loss / images:.3f} error {errors / images:.1%} {speed:.0f} img/s")
     loss, errors, images = run.accelerator.reduce(result, "sum").tolist()
     if run.writer:
         for name, value in {
             "train/loss": loss / images, "train/top1_error": errors / images, "lr": lr, "images_per_second": speed,
+            "data_wait": data_wait,
         }.items():  # fmt: skip
             run.writer.add_scalar(name, value, run.state.step)
 

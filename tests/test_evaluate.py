@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import warnings
 import zipfile
@@ -15,7 +16,7 @@ from conftest import ROOT, start_python
 from torch import nn
 
 import evaluate as evaluation
-from data import BatchTransform, ImageSet
+from data import BatchTransform, ImageSet, load_data
 from evaluate import evaluate, load_checkpoint, load_model
 from fishnet import create_model
 
@@ -122,6 +123,24 @@ def test_command(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
     torch.save(checkpoint, tmp_path / "a.pt")
     with pytest.raises(SystemExit, match="its classes are not those of"):
         evaluation.main()
+
+
+def test_tta_averages_an_image_and_its_mirror_image(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
+    torch.save(checkpoint, tmp_path / "a.pt")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a.pt"), "--data-dir", str(cifar_dir), "--tta"])
+    evaluation.main()
+    out = capsys.readouterr().out
+    assert "fishnet_tiny, flip-averaged, on 37 test images" in out
+
+    test = load_data("cifar10", cifar_dir, 0.2, 0).test
+    x = (test.images.float() / 255 - 0.5) / 0.25
+    model = load_model(checkpoint).eval()
+    with torch.no_grad():
+        logits = (model(x) + model(x[..., list(range(31, -1, -1))])) / 2
+    loss = -logits.double().log_softmax(1)[range(37), test.labels].mean().item()
+    assert float(re.search(r"loss (\S+)", out)[1]) == pytest.approx(loss, abs=1e-4)
+    errors = (logits.argmax(1) != test.labels).double().mean().item()
+    assert float(re.search(r"top-1 error (\S+)%", out)[1]) == pytest.approx(100 * errors, abs=0.01)
 
 
 def test_damaged_checkpoints_are_refused_by_name(checkpoint, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, SMALL, TINY, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,7 +28,7 @@ def assert_same(a: object, b: object, where: str = "") -> None:
     """Bit for bit, through dicts and lists; times and what follows from them aside."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
-        for key in a.keys() - {"seconds", "images_per_second", "args"}:
+        for key in a.keys() - {"seconds", "images_per_second", "data_wait", "args"}:
             assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
@@ -113,12 +114,14 @@ def test_a_run_and_its_files(run_train, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert last["state"]["best_loss"] == min(float(row["val_loss"]) for row in rows)
+    assert all(0 < float(row["data_wait"]) < 1 for row in rows)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["batch_size"] == 32
+    assert_same(safetensors.torch.load(safetensors.torch.save(last["model"])), last["model"])
 
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/top1_error", "lr", "images_per_second", "gradient_norm/tail", "gradient_norm/body",
-        "gradient_norm/head", "val/loss", "val/top1_error", "val/top5_error",
+        "gradient_norm/head", "val/loss", "val/top1_error", "val/top5_error", "data_wait",
     }  # fmt: skip
     assert events.Tags()["images"] == ["augmented"]
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
