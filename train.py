@@ -143,8 +143,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--patience", type=int, help="epochs without a better validation loss before stopping; 0: never")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="of weights, split, order and augmentation")
-    group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate launch says")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument(
+        "--mixed-precision", choices=("no", "tf32", "fp16", "bf16"), help="default: what accelerate launch says"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the model: minutes before the first step")
     group.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>, or that of --resume PATH")
     group.add_argument("--checkpoint-every", type=int, default=0, help="steps between saves of last.pt inside an epoch")
     group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
@@ -182,8 +184,8 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
         )
     if args.batch_size // parts < 2:
         raise ValueError(f"batch-size={args.batch_size}: expected at least 2 images a process and step for batch norm")
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed-precision=fp16: a CPU has none, use bf16 or no")
+    if args.mixed_precision in ("tf32", "fp16") and accelerator.device.type == "cpu":
+        raise ValueError(f"mixed-precision={args.mixed_precision}: a CPU has none, use bf16 or no")
     if "num_classes" in args.model_args:
         raise ValueError("model-args num_classes: is the dataset's number of classes")
     if args.resume == "auto" and not args.output_dir:
@@ -225,6 +227,7 @@ class Run:
     state: RunState = dataclasses.field(default_factory=RunState)
     save_seconds: float = 0.0
     data_seconds: float = 0.0  # of the epoch: waiting for images and augmenting them
+    compiled: bool = False  # with --compile: once the first step is done
     skipped: int = 0  # steps in a row that fp16's loss scaler has skipped
 
     @property
@@ -451,6 +454,10 @@ def train_epoch(run: Run) -> dict[str, float]:
     while state.step < end:
         lr = learning_rate(args, state.step, steps)
         result, norm = train_step(run, batches, lr)
+        if args.compile and not run.compiled:
+            result.tolist()  # waits for the device
+            accelerator.print(f"compiled in the first step, {time.perf_counter() - started:.0f} s")
+            started, first, run.data_seconds, run.compiled = time.perf_counter(), first + 1, 0.0, True
         run.skipped = run.skipped + 1 if accelerator.optimizer_step_was_skipped else 0
         if run.skipped > MAX_SKIPPED:
             raise FloatingPointError(f"{run.skipped} steps in a row overflowed fp16, to step {state.step + 1}")
@@ -560,13 +567,15 @@ def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """One whose batches are global and split over the processes."""
+    tf32 = args.mixed_precision == "tf32"  # float32 whose products are rounded to 10 bits: PyTorch's switch
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         step_scheduler_with_optimizer=False,
     )
     accelerator.gradient_accumulation_steps = args.grad_accum_steps  # an argument would yield to the environment
-    args.mixed_precision = accelerator.mixed_precision
+    args.mixed_precision = "tf32" if tf32 else accelerator.mixed_precision
     prepare_cpu(accelerator.device)
     return accelerator
 

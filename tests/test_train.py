@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, SMALL, TINY, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import train
 from evaluate import Metrics
@@ -251,6 +252,18 @@ def test_checkpoint_inside_an_epoch(run_train, tmp_path, monkeypatch):
     assert saved == [("last.pt", 2), ("last.pt", 4), ("best.pt", 6), ("last.pt", 6)]
 
 
+def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, tmp_path, monkeypatch):
+    flags = "--epochs", "2", "--model-args", "body_depths=()", "head_depths=()", "tail_depths=(1, 1, 1, 0)"
+    run_train(tmp_path / "eager", *flags)
+    in_place = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model: in_place(model, backend="eager"))  # minutes less
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = run_train(tmp_path / "compiled", *flags, "--compile")
+    assert len(re.findall(r"^compiled in the first step, \d+ s$", out, re.M)) == 1
+    assert_same(outcome(tmp_path / "compiled"), outcome(tmp_path / "eager"))
+
+
 def test_early_stopping_and_best_by_validation_loss(run_train, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.1, 9.9])
     fake = lambda *args, **kwargs: Metrics(next(losses), 0.5, 0.1, 48, (), ())  # noqa: E731
@@ -285,6 +298,7 @@ def test_loss_that_is_not_finite_stops_before_saving(run_train, tmp_path):
         (["--smoothing", "1"], "smoothing=1.0"),
         (["--val-fraction", "1"], "val-fraction=1.0"),
         (["--mixed-precision", "fp16"], "mixed-precision=fp16: a CPU has none"),
+        (["--mixed-precision", "tf32"], "mixed-precision=tf32: a CPU has none"),
         (["--resume", "nothing.pt"], "nothing.pt: no such checkpoint"),
         (["--pretrained", "nothing.pt"], "nothing.pt: no such file of weights"),
         (["--model-args", "in_channels=1"], "in_channels=1: expected 3"),
