@@ -146,13 +146,17 @@ def load_data(
 
 
 def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (train, val) of labels (N,), in their order, with val_fraction of every class in val."""
+    """Indices (train, val) of labels (N,), in their order, with val_fraction of every class in val.
+
+    Unless val_fraction is 0, train gets at least one of every class, and then val does.
+    """
     generator = torch.Generator().manual_seed(seed)
     in_val = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
-        in_val[members[: round(val_fraction * len(members))]] = True
+        count = min(max(round(val_fraction * len(members)), 1), len(members) - 1) if val_fraction else 0
+        in_val[members[:count]] = True
     return (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
 
 
@@ -471,6 +475,12 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int) -> Data:
         paths = [path for name in files for path in files[name]]
         sets[split] = FolderSet(root, paths, torch.tensor(labels, dtype=torch.int64), size, seed)
     if not found["val"]:
+        single = [name for name, files in found["train"].items() if len(files) == 1]
+        if val_fraction and single:
+            raise ValueError(
+                f"{root / 'train' / single[0]}: one image in it, expected at least 2, to keep one for validation; "
+                f"or {root / 'val'}, or --val-fraction 0"
+            )
         sets["train"], sets["val"] = map(
             sets["train"].subset, stratified_split(sets["train"].labels, val_fraction, seed)
         )

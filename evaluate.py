@@ -163,6 +163,11 @@ def predict(
     return [(classes[label], p) for label, p in zip(top.indices.tolist(), top.values.tolist())]
 
 
+def count_images(data: Data) -> dict[str, int]:
+    """What a checkpoint knows of its run's split: files of a folder may come and go."""
+    return {"train": len(data.train), "val": len(data.val)}
+
+
 def input_size(checkpoint: dict) -> tuple[int, float]:
     """The side of a checkpoint's images, and the part of an image's short side that it is: for centre_crop."""
     if checkpoint["args"]["dataset"] == "folder":
@@ -234,6 +239,9 @@ def load_checkpoint(path: str | Path) -> dict:
         for key, least in (("mean", -math.inf), ("std", 0.0)):
             fits = [type(value) is float and least < value < math.inf for value in checkpoint[key]]
             wrong += [] if fits == [True] * 3 else [key]
+        images = checkpoint.get("images", {"train": 0, "val": 0})  # not in the first checkpoints
+        if not isinstance(images, dict) or [type(images.get(split)) for split in ("train", "val")] != [int, int]:
+            wrong.append("images")
         wrong += [key for key in ("classes", "config") if not all(type(name) is str for name in checkpoint[key])]
     if wrong:
         raise ValueError(f"{path}: wrong or missing: {', '.join(wrong)}; expected a checkpoint of train.py")
@@ -357,6 +365,13 @@ def load_evaluated(args: argparse.Namespace, checkpoint: dict, accelerator: Acce
         data = load_data(args.dataset, data_dir, trained["val_fraction"], trained["seed"], size)
     if list(data.classes) != checkpoint["classes"]:
         raise ValueError(f"dataset={args.dataset}: its classes are not those of {args.checkpoint}")
+    there = count_images(data)
+    trained_on = checkpoint.get("images", there) if args.dataset == trained["dataset"] else there
+    if args.split == "val" and trained_on != there:
+        raise ValueError(
+            f"split=val: {data_dir} has other images, {there}, than the run, {trained_on}: "
+            "what is val now may have been trained on"
+        )
     if not len(getattr(data, args.split)):
         reason = f"{data_dir}/test is not there; take --split val"
         if args.split == "val":

@@ -521,7 +521,8 @@ class FishNetFPN(nn.Module):
 
     images (N, in_channels, H, W) -> {"0": (N, out_channels, H', W'), "1", "2", "3" at half the sides each, "pool"};
     level "0" has the stride of the stem. A FishNet gives its head's maps, a ResNet its tail's. torchvision pads images
-    to multiples of 32, which fit every network here.
+    to multiples of 32, which fit every network here. What only the classifier sees, of the model that is given, no
+    longer takes gradients.
     """
 
     def __init__(self, model: "FishNet | ResNet", out_channels: int = 256) -> None:
@@ -743,22 +744,26 @@ def rename(name: str, table: tuple) -> str:
     return name
 
 
-def check_weights(model: nn.Module, found: dict, where: str) -> None:
-    """ValueError, naming the weights and their faults: `found` is no state_dict of the model with finite values."""
-    expected = model.state_dict()
+def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, str] | None = None) -> None:
+    """ValueError, naming the weights and their faults: `found` is no state_dict of the model with finite values.
+
+    names: what weights of `found` are called in the file that they come from.
+    """
+    expected, names = model.state_dict(), names or {}
     faults = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    faults += [f"{name} is not the model's" for name in found.keys() - expected.keys()]
+    faults += [f"{names.get(name, name)} is not the model's" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
+        label = names.get(name, name)
         if not isinstance(found[name], Tensor):
-            faults.append(f"{name} is no tensor")
+            faults.append(f"{label} is no tensor")
             continue
         theirs, ours = (f"{tuple(x.shape)} {x.dtype} {x.layout}" for x in (found[name], expected[name]))
         if theirs != ours:
-            faults.append(f"{name} is {theirs}, expected {ours}")
+            faults.append(f"{label} is {theirs}, expected {ours}")
         elif not found[name].isfinite().all():
-            faults.append(f"{name} is not finite")
+            faults.append(f"{label} is not finite")
     if faults:
-        shown = "; ".join(sorted(faults)[:5])
+        shown = "; ".join(sorted(faults)[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {shown}")
 
 
@@ -774,25 +779,27 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a file of weights, or damaged ({reason})") from None
+    except Exception:  # torch raises many kinds, with advice that would run a file's code
+        raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         raise ValueError(f"{path}: holds no state_dict")
 
-    found = {str(name).removeprefix("module."): value for name, value in content.items()}
-    source = "this project's"
-    if any(name.startswith("fish.fish.") for name in found):
+    source, tables = "this project's", ()
+    plain = {str(name).removeprefix("module."): name for name in content}
+    if any(name.startswith("fish.fish.") for name in plain):
         source = "the authors'"
-        welltrained = "fish.fish.9.4.4.weight" in found
+        welltrained = "fish.fish.9.4.4.weight" in plain
         tables = (*(WELLTRAINED_NAMES if welltrained else ()), *AUTHORS_NAMES, *UNIT_NAMES)
-        found = {rename(name, tables): value for name, value in found.items()}
-    elif any(name.startswith("features.hg.") for name in found):
-        source = "pytorchcv's"
-        found = {rename(name, PYTORCHCV_NAMES): value for name, value in found.items()}
+    elif any(name.startswith("features.hg.") for name in plain):
+        source, tables = "pytorchcv's", PYTORCHCV_NAMES
+    names = {rename(name, tables): theirs for name, theirs in plain.items()}
+    if len(names) < len(content):
+        twice = next(theirs for theirs in content if theirs not in names.values())
+        raise ValueError(f"{path}: {twice} is in it twice, under two names")
+    found = {name: content[theirs] for name, theirs in names.items()}
 
     expected = model.state_dict()
     found = {  # a classifier of [O] is a 1x1 convolution
@@ -806,7 +813,8 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
             found |= {name: value for name, value in expected.items() if name.startswith("fc.")}
     uncounted = [name for name in expected if name.endswith("num_batches_tracked") and name not in found]
     found |= {name: expected[name] for name in uncounted}  # files from before PyTorch 0.4.1 do not count batches
-    check_weights(model, found, str(path))
+    check_weights(model, found, str(path), names)
     model.load_state_dict(found)
-    own = len(uncounted) + (sum(name.startswith("fc.") for name in expected) if dropped else 0)
-    return f"{path}: {len(expected) - own} of {len(expected)} tensors from {source} file{dropped}"
+    total = len(expected) - len(uncounted)
+    own = sum(name.startswith("fc.") for name in expected) if dropped else 0
+    return f"{path}: {total - own} of {total} tensors from {source} file{dropped}"

@@ -49,6 +49,7 @@ from data import BatchTransform, EpochBatches, one_line, seeded_generator
 from evaluate import (
     CHECKPOINT_FORMAT,
     Metrics,
+    count_images,
     evaluate,
     explain,
     leave,
@@ -115,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=datasets.DATASETS, help="what to train on")
     group.add_argument("--data-dir", default="data", help="where the CIFAR folders are or go; or your train and val")
-    group.add_argument("--image-size", type=int, default=224, help="side of the crops of --dataset folder, in pixels")
+    group.add_argument("--image-size", type=int, help="side of the crops of --dataset folder, in pixels; 224")
     group.add_argument("--val-fraction", type=float, help="part of each class of the training set kept for validation")
     group.add_argument("--augment", choices=("slides", "standard", "none"), help="see train_transforms in data.py")
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
@@ -156,8 +157,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     first.add_argument("--recipe", default="baseline")
     parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
     args = parser.parse_args(argv)
-    if args.dataset != "folder":
-        args.image_size = None  # CIFAR and shapes have theirs: nothing depends on the flag
+    if args.dataset == "folder" and args.image_size is None:
+        args.image_size = 224
     return args
 
 
@@ -170,6 +171,8 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for name, minimum in least.items():
         if not minimum <= getattr(args, name) < math.inf:
             raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)}: expected at least {minimum}")
+    if args.image_size is not None and args.dataset != "folder":
+        raise ValueError(f"image-size={args.image_size}: for --dataset folder, images of {args.dataset} have a size")
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"warmup-epochs={args.warmup_epochs}: expected less than epochs={args.epochs}")
     if args.seed >= 2**63:
@@ -303,6 +306,7 @@ def save(run: Run, name: str) -> None:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "classes": list(run.data.classes),
+        "images": count_images(run.data),
         "mean": list(run.data.mean),
         "std": list(run.data.std),
         "args": vars(run.args),
@@ -348,6 +352,8 @@ def resume(run: Run, path: Path) -> None:
     config = dataclasses.asdict(model.config)
     changed += [f"{name} {checkpoint['config'].get(name)} -> {config[name]}" for name in config
                 if checkpoint["config"].get(name) != config[name]]  # fmt: skip
+    if checkpoint.get("images", count_images(run.data)) != count_images(run.data):
+        changed.append(f"images {checkpoint['images']} -> {count_images(run.data)}")
     if checkpoint["classes"] != list(run.data.classes):
         raise ValueError(f"{path}: its classes are not those of {run.args.dataset} in {run.args.data_dir}")
     if changed and not run.args.override:
@@ -643,8 +649,9 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     model = model.to(memory_format=torch.channels_last)
     if args.zero_init_last:
         zero_init_last(model)
-    if args.pretrained and not path:
-        accelerator.print(load_pretrained(model, args.pretrained))
+    if args.pretrained:
+        goes_on = f"{args.pretrained}: not read, since the run goes on from {path}"
+        accelerator.print(goes_on if path else load_pretrained(model, args.pretrained))
     if args.compile:
         model.compile()  # in place: the weights keep their names
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
@@ -736,10 +743,10 @@ def main() -> None:
     if run.writer:
         run.writer.close()
     best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
-    accelerator.print(
-        f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time\n"
-        f"python evaluate.py {run.output_dir}/best.pt" + ("" if len(data.test) else " --split val")
-    )
+    accelerator.print(f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time")
+    if len(data.test) or len(data.val):
+        split = "" if len(data.test) else " --split val"
+        accelerator.print(f"python evaluate.py {run.output_dir}/best.pt{split}")
     leave(accelerator)
 
 

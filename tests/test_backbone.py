@@ -147,7 +147,7 @@ def test_files_of_others_give_the_logits_of_their_networks(tmp_path, name, form)
     names = model.state_dict().keys()
     there = [name for name in names if not name.endswith("num_batches_tracked")]  # as in files of 2018
     source = "pytorchcv" if form == "pytorchcv" else "authors"
-    assert f"{len(there)} of {len(names)} tensors from " in line and source in line
+    assert f"{len(there)} of {len(there)} tensors from " in line and source in line
     golden = GOLDEN[source][name]
     np.testing.assert_allclose(logits(model), golden, rtol=1e-3, atol=1e-3 * np.abs(golden).max())
 
@@ -182,6 +182,9 @@ def test_another_number_of_classes_drops_the_classifier_alone(own):
         (lambda state: state.update({"fc.weight": state["fc.weight"].half()}), "torch.float16 .*, expected"),
         (lambda state: state.update({"fc.weight": state["fc.weight"].to_sparse()}), "fc.weight is "),
         (lambda state: state.update({"fc.weight": torch.zeros(10, 7)}), r"fc.weight is \(10, 7\)"),
+        (lambda state: state.update({"module.fc.weight": state["fc.weight"]}), "fc.weight is in it twice"),
+        (lambda state: [state.pop(key) for key in list(state)[9:]], "; and [0-9]+ more$"),
+        (lambda state: state.update({"module.other": torch.zeros(1)}), "module.other is not the model's"),
         (lambda state: state.update(number=1), "holds no state_dict"),
         (dict.clear, "holds no state_dict"),
     ],

@@ -117,6 +117,13 @@ def test_without_val_a_part_of_each_class_is_set_apart(copy):
     for images in (split.train, split.val):
         assert [list(COLOURS)[label] for label in images.labels] == [Path(file).parent.name for file in images.files]
     assert split.val.files == load_data("folder", copy, 0.25, 1, 32).val.files != other.val.files
+    few = load_data("folder", copy, val_fraction=0.01, image_size=32)
+    assert few.val.labels.tolist() == [0, 1, 2]
+    for file in sorted((copy / "train" / "banana").rglob("*.*"))[1:]:
+        file.unlink()
+    with pytest.raises(ValueError, match="train/banana: one image in it, expected at least 2"):
+        load_data("folder", copy, val_fraction=0.01, image_size=32)
+    assert len(load_data("folder", copy, val_fraction=0, image_size=32).val) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- crops
@@ -247,9 +254,13 @@ def test_image_size_must_suit_the_model(run_folder, photos, size):
         run_folder(photos, "run", "--image-size", size)
 
 
-def test_image_size_is_of_folders_alone():
+def test_image_size_is_of_folders_alone(monkeypatch, tmp_path):
     assert train.parse_args(["--dataset", "folder"]).image_size == 224
-    assert train.parse_args(["--dataset", "shapes", "--image-size", "64"]).image_size is None
+    assert train.parse_args(["--dataset", "shapes"]).image_size is None
+    flags = ["--recipe", "demo", "--image-size", "64", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit, match=r"^train\.py: image-size=64: for --dataset folder, images of shapes have a"):
+        train.main()
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -285,6 +296,16 @@ def test_a_run_is_bound_to_its_classes(run_folder, copy):
     for part in ("train", "val"):
         (copy / part / "banana").rename(copy / part / "zebra")
     with pytest.raises(SystemExit, match="its classes are not those of folder in"):
+        run_folder(copy, "run", "--epochs", "2", "--resume", "auto")
+
+
+def test_a_split_that_is_no_longer_the_runs_is_refused(run_folder, run_evaluate, copy, tmp_path):
+    """Without val/ a part of train/ would be taken for it, which the run was trained on."""
+    run_folder(copy, "run", "--epochs", "2", "--max-steps", "3")
+    shutil.rmtree(copy / "val")
+    code, _, _ = run_evaluate(tmp_path / "run" / "best.pt", "--split", "val")
+    assert code.startswith(f"evaluate.py: split=val: {copy} has other images, {{'train': 18, 'val': 6}}, than the run,")
+    with pytest.raises(SystemExit, match=r"images \{'train': 24, 'val': 9\} -> "):
         run_folder(copy, "run", "--epochs", "2", "--resume", "auto")
 
 
