@@ -1,20 +1,25 @@
-"""Do the slides' improvements help? The same training of small networks that differ in one thing each.
+"""Do the slides' improvements help? The same short training of small networks that differ in one thing each.
 
     python examples/study.py --data-dir data             # trains what runs/study does not hold yet, then the table
     python examples/study.py --seeds 0 -- --compile      # some seeds; after "--": flags for train.py
     python examples/study.py --csv runs.csv              # a row for each run besides
     pip install matplotlib && python examples/study.py --picture norms.png
 
-A seed gives the weights, the split, the order of the images and their augmentation, and every run sees as many: so
-seeds pair the variants. Interrupted runs go on where they stopped; programs with other variants may share the work.
+A seed gives the split, the order of the images and their augmentation, so it pairs the variants; weights are drawn from
+it, too, but others where the networks differ. Every run sees as many images. Interrupted runs go on where they stopped;
+programs with other variants or seeds may share the work.
 
 The table is Markdown. Of the validation error after the last epoch, in per cent: mean and standard deviation over the
-seeds; mean difference from the slides' network and its standard error, of the paired seeds. Of the gradient norms, as
-train.py logs them: the mean over the first tenth of the training, and over the last.
+seeds; mean difference from the slides' network and its 95 % confidence interval (Student's t of the paired seeds). Of
+the gradients of tail, body and head: the root of the mean square over a part's weights, times 1,000, as a mean over the
+first and over the second half of the training. The picture has these gradients step by step.
 """
 
 import argparse
 import csv
+import importlib.util
+import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -25,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fishnet import create_model
+from fishnet import FishNet, ResNet, create_model
 from flops import count
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -41,79 +46,111 @@ VARIANTS = {
     "tail alone": TAIL,
     "tail alone, wider and deeper": TAIL | {"channels": (112, 112, 128, 192), "tail_depths": (2, 3, 3, 2)},
     "no dilation": {"body_dilations": (1, 1, 1)},
-    "k = 1": {"k": 1},
     "k = 4": {"k": 4},
 }
-PARTS = ("tail", "body", "head")
+PARTS = {"tail": ("stem", "tail"), "body": ("body",), "head": ("head", "pool", "fc")}  # as train.py adds up gradients
+T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by degrees of freedom
 Row = dict[str, str | int | float]
 
 
-def train(variant: str, seed: int, folder: Path, data_dir: str, flags: list[str]) -> None:
-    """Run train.py to its end, from where it is. CalledProcessError: it failed, and has said why."""
-    fields = [f"{name}={value!r}" for name, value in (NETWORK | VARIANTS[variant]).items()]
-    command = [
-        sys.executable, str(TRAIN), "--recipe", "strong", "--model", "fishnet99", "--data-dir", data_dir,
-        "--epochs", "2", "--warmup-epochs", "0.3", "--val-fraction", "0.4", "--seed", str(seed),
-        "--model-args", *fields, "--output-dir", str(folder), "--resume", "auto", *flags,
+def make_model(variant: str) -> FishNet | ResNet:
+    return create_model("fishnet99", **NETWORK | VARIANTS[variant])
+
+
+def flags_of(variant: str, seed: int, flags: list[str]) -> list[str]:
+    """train.py's flags that a run's result depends on."""
+    return [
+        "--recipe", "strong", "--model", "fishnet99", "--epochs", "2", "--warmup-epochs", "0.3",
+        "--val-fraction", "0.4", "--seed", str(seed),
+        "--model-args", *(f"{name}={value!r}" for name, value in (NETWORK | VARIANTS[variant]).items()), *flags,
     ]  # fmt: skip
-    subprocess.run(command, check=True)
 
 
-def gradient_norms(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, norm) of the gradient of each part of a run's network."""
+def train(flags: list[str], folder: Path, data_dir: str) -> None:
+    """Run train.py to its end, from where it is; nothing, if it is there. ValueError: it failed, or had other flags."""
+    done = folder / "done.json"
+    if done.exists():
+        if json.loads(done.read_text()) != flags:
+            raise ValueError(f"{folder}: a run with other flags; take another --output-dir")
+        return
+    command = [sys.executable, TRAIN, *flags, "--data-dir", data_dir, "--output-dir", folder, "--resume", "auto"]
+    code = subprocess.run(list(map(str, command))).returncode
+    if code:
+        raise ValueError(f"train.py ended with code {code}; what it says stands above")
+    done.write_text(json.dumps(flags))
+
+
+def gradient_norms(folder: Path, model: FishNet | ResNet) -> dict[str, list[tuple[int, float]]]:
+    """(step, root of the mean square times 1,000) of the gradient of each part that the model has."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    logged = [part for part in PARTS if f"gradient_norm/{part}" in events.Tags()["scalars"]]
-    return {part: [(p.step, p.value) for p in events.Scalars(f"gradient_norm/{part}")] for part in logged}
+    norms = {}
+    for part, modules in PARTS.items():
+        weights = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in modules)
+        if weights:
+            points = events.Scalars(f"gradient_norm/{part}")
+            norms[part] = [(point.step, 1e3 * point.value / math.sqrt(weights)) for point in points]
+    return norms
 
 
 def summarise(variant: str, seed: int, folder: Path) -> Row:
-    """A run as a row: the validation error after its last epoch, in per cent, and its gradient norms."""
+    """A run as a row: the validation error after its last epoch, in per cent, and its gradients."""
     with (folder / "metrics.csv").open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
     row: Row = {"variant": variant, "seed": seed, "val_top1_error": 100 * float(last["val_top1_error"])}
-    for part, points in gradient_norms(folder).items():
+    for part, points in gradient_norms(folder, make_model(variant)).items():
         norms = [norm for _, norm in points]
-        tenth = max(1, len(norms) // 10)
-        row |= {f"{part}_first": mean(norms[:tenth]), f"{part}_last": mean(norms[-tenth:])}
+        half = len(norms) // 2
+        row |= {f"{part}_first_half": mean(norms[:half]), f"{part}_second_half": mean(norms[half:])}
     return row
 
 
 def table(rows: list[Row]) -> Iterable[str]:
     """The lines of the table; this file's docstring says what is in it."""
     errors = {(row["variant"], row["seed"]): row["val_top1_error"] for row in rows}
-    yield "| variant | MACs, M | seeds | error, % | std | against `slides` | " + " | ".join(PARTS) + " |"
-    yield "| --- " * (6 + len(PARTS)) + "|"
+    yield f"| variant | parameters | MACs, M | seeds | error, % | std | against slides | {' | '.join(PARTS)} |"
+    yield "| --- " * (7 + len(PARTS)) + "|"
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
         values = [row["val_top1_error"] for row in mine]
-        paired = [errors[variant, row["seed"]] - errors["slides", row["seed"]] for row in mine
-                  if variant != "slides" and ("slides", row["seed"]) in errors]  # fmt: skip
-        difference = f"{mean(paired):+.2f} ± {stdev(paired) / len(paired) ** 0.5:.2f}" if len(paired) > 1 else ""
-        norms = [
-            " to ".join(f"{mean(row[f'{part}_{end}'] for row in mine):.2f}" for end in ("first", "last"))
-            if all(f"{part}_first" in row for row in mine) else ""
+        spread, difference = f"{stdev(values):.2f}" if len(values) > 1 else "", ""
+        paired = [errors[variant, row["seed"]] - errors["slides", row["seed"]]
+                  for row in mine if ("slides", row["seed"]) in errors]  # fmt: skip
+        if variant != "slides" and 1 < len(paired) <= 10:
+            interval = T_975[len(paired) - 1] * stdev(paired) / math.sqrt(len(paired))
+            difference = f"{mean(paired):+.2f} ± {interval:.2f}"
+        gradients = [
+            " to ".join(f"{mean(row[f'{part}_{half}_half'] for row in mine):.2f}" for half in ("first", "second"))
+            if f"{part}_first_half" in mine[0] else ""
             for part in PARTS
         ]  # fmt: skip
-        macs = count(create_model("fishnet99", **NETWORK | VARIANTS[variant])).macs / 1e6
-        spread = f"{stdev(values):.2f}" if len(values) > 1 else ""
-        cells = (variant, f"{macs:.1f}", len(mine), f"{mean(values):.2f}", spread, difference, *norms)
+        costs = count(make_model(variant))
+        cells = (
+            variant, f"{costs.params:,}", f"{costs.macs / 1e6:.1f}", len(mine), f"{mean(values):.2f}", spread,
+            difference, *gradients,
+        )  # fmt: skip
         yield f"| {' | '.join(map(str, cells))} |"
 
 
 def draw(out: str, folders: dict[tuple[str, int], Path]) -> None:
-    """A panel for each variant: gradient norms of tail, body and head over the steps, a line for each seed."""
+    """A panel for each variant: the gradients of tail, body and head over the steps, a line for each seed."""
     from matplotlib.figure import Figure  # for the picture alone
 
     variants = list(dict.fromkeys(variant for variant, _ in folders))
-    figure = Figure(figsize=(3 * len(variants), 3), layout="constrained")
-    for axis, variant in zip(figure.subplots(1, len(variants), sharey=True), variants):
-        for (name, seed), folder in folders.items():
-            for i, (part, points) in enumerate(gradient_norms(folder).items() if name == variant else ()):
-                axis.semilogy(*zip(*points), color=f"C{i}", linewidth=0.8, alpha=0.8, label=part if not seed else None)
-        axis.set(title=variant, xlabel="step")
-        axis.legend()
-    figure.axes[0].set_ylabel("gradient norm")
-    figure.savefig(out, dpi=130)
+    rows = math.ceil(len(variants) / 3)
+    figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
+    for axis, variant in zip(figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat, variants):
+        for (name, _), folder in folders.items():
+            for i, part in enumerate(PARTS):
+                points = gradient_norms(folder, make_model(variant)).get(part) if name == variant else None
+                if points:
+                    axis.semilogy(*zip(*points), color=f"C{i}", linewidth=0.8)
+        axis.set_title(variant, fontsize="medium")
+    for i, part in enumerate(PARTS):
+        figure.axes[0].plot([], color=f"C{i}", label=part)
+    figure.axes[0].legend()
+    figure.supxlabel("step")
+    figure.supylabel("gradient, root mean square x 1,000")
+    figure.savefig(out, dpi=110)
 
 
 def main() -> None:
@@ -123,7 +160,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data", help="where CIFAR-10 is or goes (default: data)")
     parser.add_argument("--output-dir", default="runs/study", help="a folder for each run (default: runs/study)")
     parser.add_argument("--csv", metavar="FILE", help="write a row for each run")
-    parser.add_argument("--picture", metavar="PNG", help="draw the gradient norms of the variants")
+    parser.add_argument("--picture", metavar="PNG", help="draw the gradients")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags for train.py")
     args = parser.parse_args()
     folders = {
@@ -131,12 +168,16 @@ def main() -> None:
         for variant in args.variants for seed in args.seeds
     }  # fmt: skip
     try:
+        for out in filter(None, (args.csv, args.picture)):
+            open(out, "a").close()  # hours before it is needed
+        if args.picture and not importlib.util.find_spec("matplotlib"):
+            raise ValueError("--picture: needs matplotlib, pip install matplotlib")
         for (variant, seed), folder in folders.items():
-            if not (folder / "done").exists():
-                train(variant, seed, folder, args.data_dir, args.flags)
-                (folder / "done").touch()
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"study.py: train.py ended with code {error.returncode}; go on with the same command")
+            train(flags_of(variant, seed, args.flags), folder, args.data_dir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"study.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("study.py: interrupted; go on with the same command")
     rows = [summarise(variant, seed, folder) for (variant, seed), folder in folders.items()]
     print(*table(rows), sep="\n")
     if args.csv:

@@ -1,0 +1,87 @@
+"""examples/: the study's table by hand, the detectors' average precision against numpy."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import study
+import torch
+from detect_figures import average_precision, draw_scene, evaluate, mask_iou
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+
+def write_run(folder, error, norms):
+    """What summarise reads of a run: the last row of metrics.csv, and norms of the gradient by part."""
+    with SummaryWriter(folder) as writer:
+        for part, values in norms.items():
+            for i, value in enumerate(values):
+                writer.add_scalar(f"gradient_norm/{part}", value, 10 * (i + 1))
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["epoch", "val_top1_error"], [1, 0.9], [2, error]])
+
+
+def test_a_row_and_the_table_of_the_study(tmp_path):
+    rows = []
+    for seed in range(3):
+        for variant, error in (("slides", 0.30 + 0.01 * seed), ("no SE unit", 0.31 + 0.02 * seed), ("tail alone", 0.4)):
+            folder = tmp_path / f"{variant}-{seed}"
+            folder.mkdir()
+            parts = ("tail", "head") if variant == "tail alone" else ("tail", "body", "head")
+            write_run(folder, error, {part: [1.0, 3.0, 5.0, 9.0] for part in parts})
+            rows.append(study.summarise(variant, seed, folder))
+    body = sum(p.numel() for p in study.make_model("slides").body.parameters())
+    assert rows[0]["body_first_half"] == pytest.approx(1e3 * 2 / math.sqrt(body))
+    assert rows[0]["body_second_half"] == pytest.approx(1e3 * 7 / math.sqrt(body)) and "body_first_half" not in rows[2]
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in study.table(rows)]
+    header, _, slides, no_se, tail = lines
+    assert [row[0] for row in (slides, no_se, tail)] == ["slides", "no SE unit", "tail alone"]
+    by_name = dict(zip(header, no_se))
+    assert dict(zip(header, slides))["parameters"] == "964,304" and dict(zip(header, slides))["against slides"] == ""
+    assert (by_name["seeds"], by_name["error, %"], by_name["std"]) == ("3", "33.00", "2.00")
+    assert by_name["against slides"] == "+2.00 ± 2.48"  # of 1, 2, 3: t = 4.30, times 1 / sqrt(3)
+    first, second = (1e3 * norm / math.sqrt(body) for norm in (2, 7))
+    assert dict(zip(header, slides))["body"] == f"{first:.2f} to {second:.2f}" and dict(zip(header, tail))["body"] == ""
+
+
+def test_a_finished_run_of_the_study_is_not_trained_again_nor_taken_for_another(tmp_path):
+    flags = study.flags_of("both", 1, ["--compile"])
+    assert "bridge='none'" in flags and flags[-1] == "--compile"
+    (tmp_path / "done.json").write_text(json.dumps(flags))
+    study.train(flags, tmp_path, "nowhere")
+    with pytest.raises(ValueError, match="a run with other flags"):
+        study.train(study.flags_of("both", 1, []), tmp_path, "nowhere")
+
+
+def test_average_precision_is_the_area_under_the_curve():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores, hits = rng.permutation(30) / 30, rng.random(30) < rng.random()
+        objects = hits.sum() + rng.integers(1, 5)
+        ordered = hits[np.argsort(-scores)]
+        recall, precision = np.cumsum(ordered) / objects, np.cumsum(ordered) / np.arange(1, 31)
+        area = sum(precision[i:].max() * (recall[i] - (recall[i - 1] if i else 0)) for i in range(30))
+        assert average_precision(torch.from_numpy(scores), torch.from_numpy(hits), objects) == pytest.approx(area)
+
+
+def test_iou_of_masks():
+    found, truth = torch.zeros(2, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.bool)
+    found[0, :2], found[1, 3], truth[0, 1:3] = True, True, True
+    assert mask_iou(found, truth).flatten().tolist() == pytest.approx([4 / 12, 0])
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0, (1.0, 1.0)), (60, (0.0, 0.0))])
+def test_a_detector_that_knows_the_answers(shift, expected):
+    class Oracle(nn.Module):
+        seed = 0
+
+        def forward(self, images):
+            _, target = draw_scene(self.seed)
+            self.seed += 1
+            masks = target["masks"].roll(shift, 2)[:, None].float()
+            return [target | {"boxes": target["boxes"] + shift, "masks": masks, "scores": torch.ones(len(masks))}]
+
+    assert evaluate(Oracle(), scenes=12) == pytest.approx(expected)
