@@ -57,7 +57,14 @@ from evaluate import (
     signals_held,
     workers_released,
 )
-from fishnet import check_weights, create_model, load_pretrained, model_names, zero_init_last
+from fishnet import (
+    check_weights,
+    checkpoint_activations,
+    create_model,
+    load_pretrained,
+    model_names,
+    zero_init_last,
+)
 
 # A recipe is a set of defaults; any flag overrides its own.
 RECIPES = {
@@ -145,6 +152,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="of weights, split, order and augmentation")
     group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate launch says")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time, the same results")
     group.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>, or that of --resume PATH")
     group.add_argument("--checkpoint-every", type=int, default=0, help="steps between saves of last.pt inside an epoch")
     group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
@@ -628,6 +636,8 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
         zero_init_last(model)
     if args.pretrained and not path:
         accelerator.print(load_pretrained(model, args.pretrained))
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
     if args.compile:
         model.compile()  # in place: the weights keep their names
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
@@ -730,7 +740,10 @@ def advice(args: argparse.Namespace) -> tuple[str, str]:
     """For `explain`: how to need less memory, and how to go on."""
     parts = 2 * args.grad_accum_steps
     smaller = f"--grad-accum-steps {parts}, the same optimisation in smaller parts, or --batch-size"
-    return f"{smaller} {max(2, args.batch_size // 2)}", "go on with --resume auto"
+    smaller = f"{smaller} {max(2, args.batch_size // 2)}"
+    if not args.checkpoint_activations:
+        smaller = f"--checkpoint-activations, {smaller}"
+    return smaller, "go on with --resume auto"
 
 
 if __name__ == "__main__":

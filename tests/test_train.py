@@ -68,7 +68,8 @@ def test_flags_are_these():
         "recipe", "dataset", "data_dir", "image_size", "val_fraction", "augment", "workers", "model", "model_args",
         "pretrained", "zero_init_last", "epochs", "max_steps", "batch_size", "grad_accum_steps", "opt", "lr",
         "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad", "patience", "seed",
-        "mixed_precision", "compile", "output_dir", "checkpoint_every", "resume", "override", "log_every",
+        "mixed_precision", "compile", "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override",
+        "log_every",
     }  # fmt: skip
     source = (ROOT / "train.py").read_text()
     for flag in flags - {"recipe"}:
