@@ -43,6 +43,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
@@ -684,7 +685,7 @@ def create_model(name: str, /, **overrides: object) -> FishNet | ResNet:
 @contextlib.contextmanager
 def statistics_held(module: nn.Module) -> Iterator[None]:
     """Within it batch norm in training mode normalises as ever, but leaves its running statistics as they are."""
-    held = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    held = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)]
     for norm, *_ in held:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:

@@ -348,7 +348,7 @@ def work(pipe: Connection, setting: Setting) -> None:
             pipe.recv()
             moments = torch.tensor([step() for _ in range(steps)], dtype=torch.float64)
             pipe.send((moments.diff().mean(0).tolist(), peak_bytes(device)))
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return  # the parent is gone
     except Exception as error:  # compilers and full memories raise many kinds
         pipe.send(one_line(error))
@@ -358,7 +358,7 @@ class Worker:
     """A process of its own for a setting. It does something only when it is asked."""
 
     def __init__(self, setting: Setting) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        spawn = multiprocessing.get_context("spawn")  # a fork would not count the libraries as its memory
         self.setting = setting
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=work, args=(theirs, setting), daemon=True)

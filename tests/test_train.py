@@ -343,6 +343,14 @@ def test_two_processes_train_like_one(cifar_dir, tmp_path):
         assert math.isclose(x["train_loss"], y["train_loss"], rel_tol=1e-4)
 
 
+def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path):
+    run_train(tmp_path / "kept", *TINY, "--epochs", "2", "--max-steps", "3")
+    run_train(tmp_path / "again", *TINY, "--epochs", "2", "--max-steps", "3", "--checkpoint-activations")
+    assert_same(load(tmp_path / "kept" / "last.pt"), load(tmp_path / "again" / "last.pt"))
+    flags = ("--epochs", "2", "--max-steps", "4", "--resume", "auto")  # and it may change in a run
+    assert "resumed" in run_train(tmp_path / "again", *TINY, *flags)
+
+
 def test_all_cores_work_in_spite_of_omp_num_threads():
     """accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU."""
     code = "import train, torch; train.make_accelerator(train.parse_args([])); print(torch.get_num_threads())"
