@@ -11,7 +11,8 @@ previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoar
 A run is a function of its arguments: the order of samples follows from (seed, epoch), the crop of a file from (seed,
 epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate from the step. So last.pt
 holds all that a run is: weights, optimizer, and the few numbers of `RunState`; and a global batch means the same on one
-process or eight. SIGTERM and SIGINT end a run after the step it is in, with a checkpoint.
+process or eight. --checkpoint-activations changes only what a step costs. SIGTERM and SIGINT end a run after the step
+it is in, with a checkpoint.
 """
 
 import signal
