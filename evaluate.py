@@ -288,13 +288,17 @@ def load_model(checkpoint: dict) -> nn.Module:
     return model
 
 
+def available_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def prepare_cpu(device: torch.device) -> None:
     """On a CPU: all cores work, and two things that slow PyTorch down several times are switched off."""
     if device.type != "cpu":
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # set by accelerate launch and torchrun: it leaves cores idle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     torch.set_flush_denormal(True)  # arithmetic on numbers under 1e-38 is many times slower
     if sys.platform == "linux":  # glibc gives each freed tensor back to the system: a fifth of a step is page faults
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -31,9 +31,11 @@ Equations and figures are those of [P].
     backbone = FishNetFPN(model)                                                   # for torchvision's detectors
 """
 
+import contextlib
+import functools
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +43,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- units
 
@@ -682,6 +686,47 @@ def create_model(name: str, /, **overrides: object) -> FishNet | ResNet:
             raise ValueError(f"{field}: no field of FishNetConfig, expected one of {', '.join(known)}")
     config = replace(CONFIGS[name], **overrides)
     return FishNet(config) if config.head_depths else ResNet(config)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@contextlib.contextmanager
+def statistics_held(module: nn.Module) -> Iterator[None]:
+    """Within it batch norm in training mode normalises as ever, but leaves its running statistics as they are."""
+    held = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)]
+    for norm, *_ in held:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in held:
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """forward(x) of a part of a network, whose maps are computed again in the backward pass instead of being kept."""
+    if torch.compiler.is_compiling():  # a compiler keeps statistics apart by itself
+        return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False)
+    contexts = lambda: (contextlib.nullcontext(), statistics_held(part))  # noqa: E731
+    return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """From here on the backward pass computes maps again that the forward pass no longer keeps: less memory, more time.
+
+    Of the stem, of each stage of the tail, and of the three parts of each stage of body and head only the inputs are
+    kept. Works in place, on a network or on whatever contains one, and leaves the names of its weights; outputs,
+    gradients and batch norm's running statistics stay what they were. Chen et al. 2016, arXiv 1604.06174.
+    """
+    parts = []
+    for module in model.modules():
+        if isinstance(module, (FishNet, ResNet)):
+            parts += [module.stem, *module.tail]
+        elif isinstance(module, Stage):
+            parts += [module.regular, module.transfer, module.refine]
+    for part in parts:
+        part.forward = functools.partial(forward_again, part, part.forward)
 
 
 # ---------------------------------------------------------------------------------------------- weights from elsewhere

@@ -1,9 +1,11 @@
-"""What the networks cost: parameters, arithmetic and memory, counted without weights on the meta device.
+"""What the networks cost: parameters, arithmetic and memory, counted without weights on the meta device; or timed.
 
     python flops.py                            # a line for each network of fishnet.py
     python flops.py fishnet99 --image-size 64  # one network, larger images
     python flops.py --stages fishnet99         # a line for each stage: the slides' layer table
     python flops.py --json                     # a list of objects, whole numbers, instead of a table
+    python flops.py fishnet99 --time --train --channels-last no yes --mixed-precision no bf16    # four settings, timed
+    python flops.py fishnet99_imagenet torchvision.models:resnet50                               # or other packages'
 
 Prints, for one square image, of 32 pixels, or of 224 for the paper's networks:
 
@@ -27,25 +29,62 @@ and with --stages, by the rule of [S], parameters and MACs of the stem, the stag
 and the I-convs: the convolutions that a gradient cannot go round, since neither an identity nor a concatenation is
 beside them. [S]'s improvements leave those of the stem alone (fishnet99_direct).
 
+With --time, for each network and each combination of the flags' values, the medians over rounds of
+
+    images/s     of whole steps: of forward passes in evaluation mode or, with --train, of a forward and a backward
+                 pass and a step of SGD. The images are random and already on the device.
+    forward, backward, step   milliseconds. A round takes every setting in turn, for 0.2 s or one step.
+    x            what stands before it, by that of the first row; for times the median of the rounds' ratios.
+    MiB          peak memory: of the tensors on a GPU, else of the setting's whole process: Python, the libraries, what
+                 the compiler took, and what the allocator holds without using it.
+    GFLOP/s      2 x MACs for each image, 6 x in training, since a backward pass costs two forward passes. What
+                 --checkpoint-activations computes a second time is not counted.
+    product      GFLOP/s by those of a product of square matrices with 4,096 rows, or 2,048 on a CPU, of the same
+                 precision and in the same rounds.
+    set-up       seconds for making the network and two steps; --compile compiles in them, or finds it in its cache.
+
+Settings have a process each. One works at a time, on all cores that it may use, but they hold their memory together.
+
 Source: [S] the slides of S. H. Kim, github.com/crapine1119/fishnet. They print 0.56 GFLOP and 3.00 M parameters for
 ResNet50; 2.53 GFLOP, 17.92 M and 99 layers for FishNet99.
 """
 
 import argparse
 import copy
+import importlib
+import itertools
 import json
+import math
+import multiprocessing
 import re
+import resource
+import signal
 import sys
 import textwrap
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fishnet import FishNet, PostActBottleneck, PreActBottleneck, ResNet, create_model, model_names
+from data import one_line
+from evaluate import available_cores, prepare_cpu
+from fishnet import (
+    FishNet,
+    PostActBottleneck,
+    PreActBottleneck,
+    ResNet,
+    checkpoint_activations,
+    create_model,
+    model_names,
+)
 
 STAGES = ("stem", "T1", "T2", "T3", "T4", "B4", "B3", "B2", "H1", "H2", "H3", "H4")  # in the order of the forward pass
 
@@ -122,19 +161,34 @@ def measure(module: nn.Module, *inputs: Tensor | None) -> Counts:
     )
 
 
-def make_image(model: FishNet | ResNet, size: int | None) -> Tensor:
+def make_model(name: str) -> nn.Module:
+    """A network by its name in fishnet.py, or another package's: what FUNCTION of "MODULE:FUNCTION" returns.
+
+    ValueError: there is none.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        return create_model(name)
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected MODULE:FUNCTION that makes a network ({one_line(error)})") from None
+
+
+def make_image(model: nn.Module, size: int | None) -> Tensor:
     """One image without values, (1, in_channels, size, size); None: of the size that the network was made for.
 
-    ValueError: no sensible size.
+    Another package's network is taken to be made for 224 pixels of 3 channels. ValueError: no sensible size.
     """
+    config = getattr(model, "config", None)
     if size is None:
-        size = 224 if model.config.structure == "paper" else 32
+        size = 32 if config and config.structure == "slides" else 224
     if not 1 <= size <= 2**14:
         raise ValueError(f"image-size={size}: expected 1 to {2**14}")
-    return torch.empty(1, model.config.in_channels, size, size, device="meta")
+    return torch.empty(1, config.in_channels if config else 3, size, size, device="meta")
 
 
-def count(model: FishNet | ResNet, image_size: int | None = None) -> Counts:
+def count(model: nn.Module, image_size: int | None = None) -> Counts:
     """What a network costs for one image. ValueError: the size does not fit the network."""
     return measure(model, make_image(model, image_size))
 
@@ -200,27 +254,263 @@ def i_convs(model: FishNet | ResNet) -> list[str]:
     return [name for name in convs if not beside & set(name.split(".")) and not inside.match(name)]
 
 
+# --------------------------------------------------------------------------------------------------------------- time
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLAGS = {  # what the flags of --time may say, the default first; the settings are the product of what they do say
+    "compile": ("no", "yes"),
+    "channels_last": ("yes", "no"),
+    "mixed_precision": tuple(DTYPES),
+    "checkpoint_activations": ("no", "yes"),
+}
+PRODUCT = "matrix product"  # where a network's name would be
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one process times: a network, or the matrix product, and how."""
+
+    name: str
+    compile: str
+    channels_last: str
+    mixed_precision: str
+    checkpoint_activations: str
+    train: bool
+    batch_size: int
+    image_size: int
+    device: str
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"--{flag.replace('_', '-')} {getattr(self, flag)}" for flag in FLAGS)])
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all that a GPU has been told to do is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Of the tensors on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # whose ru_maxrss may be that of the process which started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def make_step(setting: Setting, device: torch.device) -> Callable[[], list[float]]:
+    """A function that does one step and returns the moments of its start and the end of each part.
+
+    The parts are the forward pass and, in training, backward pass and update, at a learning rate of 0: every step does
+    the same. The matrix product is one part.
+    """
+    dtype = DTYPES[setting.mixed_precision]
+    if setting.name == PRODUCT:
+        a, b = torch.randn(2, setting.image_size, setting.image_size, device=device, dtype=dtype)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, which convolutions take without being asked
+        return lambda: [now(device), (a @ b, now(device))[1]]
+
+    layout = torch.channels_last if setting.channels_last == "yes" else torch.contiguous_format
+    model = make_model(setting.name).to(device, memory_format=layout).train(setting.train)
+    if setting.checkpoint_activations == "yes":
+        checkpoint_activations(model)
+    if setting.compile == "yes":
+        model.compile()
+    images = torch.randn(setting.batch_size, *make_image(model, setting.image_size).shape[1:], device=device)
+    images = images.contiguous(memory_format=layout)
+    labels = torch.zeros(setting.batch_size, dtype=torch.int64, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0, 0.9, nesterov=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=setting.mixed_precision == "fp16")
+
+    def step() -> list[float]:
+        moments = [now(device)]
+        with torch.set_grad_enabled(setting.train):
+            with torch.autocast(device.type, dtype, enabled=setting.mixed_precision != "no"):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+        moments.append(now(device))
+        if setting.train:
+            scaler.scale(loss).backward()
+            moments.append(now(device))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            moments.append(now(device))
+        return moments
+
+    return step
+
+
+def work(pipe: Connection, setting: Setting) -> None:
+    """A process's life: asked first, it gets ready and sends the seconds of that; asked again, it times a round.
+
+    Of a round it sends the mean seconds of each part of a step, and its peak of memory in bytes. A line instead says
+    what went wrong.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    try:
+        pipe.recv()
+        started, device = time.perf_counter(), torch.device(setting.device)
+        prepare_cpu(device)
+        torch.set_num_threads(available_cores())
+        step = make_step(setting, device)
+        step()  # a compiler does its work here
+        first, *_, last = step()
+        steps = max(1, round(0.2 / (last - first)))
+        pipe.send(time.perf_counter() - started)
+        while True:
+            pipe.recv()
+            moments = torch.tensor([step() for _ in range(steps)], dtype=torch.float64)
+            pipe.send((moments.diff().mean(0).tolist(), peak_bytes(device)))
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone
+    except Exception as error:  # compilers and full memories raise many kinds
+        pipe.send(one_line(error))
+
+
+class Worker:
+    """A process of its own for a setting. It does something only when it is asked."""
+
+    def __init__(self, setting: Setting) -> None:
+        spawn = multiprocessing.get_context("spawn")  # a fork would not count the libraries as its memory
+        self.setting = setting
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=work, args=(theirs, setting), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe ends with the process
+
+    def ask(self) -> object:
+        """What `work` sends. ValueError, naming the setting: what went wrong there."""
+        try:
+            self.pipe.send(None)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            answer = f"its process ended with exit code {self.process.exitcode}: out of memory?"
+        if isinstance(answer, str):
+            raise ValueError(f"{self.setting}: {answer}")
+        return answer
+
+
+def time_settings(settings: list[Setting], macs: dict[str, int], rounds: int) -> list[dict]:
+    """A row for each setting, the columns of --time; this file's docstring defines them. macs: of each network's image.
+
+    One process works at a time. ValueError, naming the setting: it does not run on this machine.
+    """
+    workers, setup = [], []
+    side = 4096 if settings[0].device.startswith("cuda") else 2048
+    products = {s.mixed_precision: replace(s, name=PRODUCT, image_size=side) for s in settings}
+    try:
+        for setting in (*settings, *products.values()):
+            workers.append(Worker(setting))
+            setup.append(workers[-1].ask())
+        answers = zip(*[[worker.ask() for worker in workers] for _ in range(rounds)])  # of each worker, round by round
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+
+    parts, peaks = zip(*[([seconds for seconds, _ in answer], answer[-1][1]) for answer in answers])
+    steps = [[sum(seconds) for seconds in part] for part in parts]
+    peak_flops = {precision: 2 * side**3 / median(step) for precision, step in zip(products, steps[len(settings) :])}
+    rows = []
+    for i, setting in enumerate(settings):
+        forward, *backward = map(median, zip(*parts[i]))
+        speed = setting.batch_size / median(steps[i])
+        flops = (6 if setting.train else 2) * macs[setting.name] * speed
+        rows.append(asdict(setting) | {
+            "images_per_second": speed,
+            "forward_seconds": forward,
+            "backward_seconds": backward[0] if backward else None,
+            "step_seconds": median(steps[i]),
+            "step_ratio": median(own / first for own, first in zip(steps[i], steps[0])),
+            "peak_bytes": peaks[i],
+            "peak_ratio": peaks[i] / peaks[0],
+            "flops_per_second": flops,
+            "product_share": flops / peak_flops[setting.mixed_precision],
+            "setup_seconds": setup[i],
+        })  # fmt: skip
+    return rows
+
+
+def make_settings(args: argparse.Namespace) -> list[Setting]:
+    """Networks x values of the flags. ValueError: what cannot be timed."""
+    if args.stages is not None or not args.names:
+        raise ValueError("--time: expected names of networks, and no --stages")
+    for name in ("batch_size", "rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)}: expected at least 1")
+    gpus = torch.cuda.device_count()
+    devices = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
+    if args.device not in devices:
+        raise ValueError(f"device={args.device}: expected one of {', '.join(devices)}")
+    values = [dict.fromkeys(getattr(args, flag) or ["yes"]) for flag in FLAGS]  # a bare flag means yes
+    if args.device == "cpu" and "fp16" in args.mixed_precision:
+        raise ValueError("mixed-precision=fp16: a CPU has none, use bf16 or no")
+    if "yes" in values[-1] and not args.train:
+        raise ValueError("checkpoint-activations=yes: expected with --train, an evaluation keeps nothing")
+    with torch.device("meta"):
+        sizes = {name: make_image(make_model(name), args.image_size).shape[-1] for name in args.names}
+    combinations = itertools.product(sizes, *values)
+    return [Setting(*c, args.train, args.batch_size, sizes[c[0]], args.device) for c in combinations]
+
+
+def print_timings(rows: list[dict]) -> None:
+    """Two lines for each row: the setting, as far as it is not the default, and its numbers."""
+    print(f"{'images/s':>9}{'forward':>9}{'backward':>9}{'step':>9}{'x':>6}{'MiB':>8}{'x':>6}{'GFLOP/s':>9}"
+          f"{'product':>8}{'set-up':>7}")  # fmt: skip
+    for row in rows:
+        flags = [f"--{flag.replace('_', '-')} {row[flag]}" for flag in FLAGS if row[flag] != FLAGS[flag][0]]
+        seconds = (row[f"{part}_seconds"] for part in ("forward", "backward", "step"))
+        forward, backward, step = (math.nan if s is None else 1e3 * s for s in seconds)
+        print(" ".join([row["name"], *flags]))
+        print(
+            f"{row['images_per_second']:>9.1f}{forward:>9.1f}{backward:>9.1f}{step:>9.1f}{row['step_ratio']:>6.2f}"
+            f"{row['peak_bytes'] / 2**20:>8.0f}{row['peak_ratio']:>6.2f}{row['flops_per_second'] / 1e9:>9.1f}"
+            f"{row['product_share']:>8.1%}{row['setup_seconds']:>7.1f}"
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Parameters, arithmetic and memory of the networks.")
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(model_names())} (default: all)")
+    parser = argparse.ArgumentParser(description="Parameters, arithmetic, memory and speed of the networks.")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(model_names())} (default: all), or MODULE:FUNCTION")
     parser.add_argument("--stages", metavar="NAME", help="the layer table of this network instead")
     parser.add_argument("--image-size", type=int, help="side in pixels (default: 32; 224 for *_imagenet)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
+    group = parser.add_argument_group("time", "where values may be several, all combinations are timed")
+    group.add_argument("--time", action="store_true", help="time the networks instead of counting")
+    group.add_argument("--train", action="store_true", help="training steps, not forward passes for evaluation")
+    group.add_argument("--batch-size", type=int, default=32, help="images a step (default: %(default)s)")
+    group.add_argument("--rounds", type=int, default=5, help="over all settings (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    group.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    for flag, values in FLAGS.items():
+        text = f"one or several (default: {values[0]})"
+        group.add_argument(f"--{flag.replace('_', '-')}", nargs="*", choices=values, default=values[:1], help=text)
     args = parser.parse_args()
     try:
-        if args.stages is not None and args.names:
-            raise ValueError(f"--stages {args.stages} shows one network: expected no other names")
+        for name in ("train", "batch_size", "rounds", "device", *FLAGS):
+            if not args.time and getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')}: expected with --time")
+        settings = make_settings(args) if args.time else []
+        if args.stages is not None and (args.names or ":" in args.stages):
+            raise ValueError(f"--stages {args.stages}: expected one network of fishnet.py, and no other names")
         names = [args.stages] if args.stages is not None else args.names or model_names()
         with torch.device("meta"):
-            models = {name: create_model(name) for name in names}
+            models = {name: make_model(name) for name in names}
         counts = {name: count(model, args.image_size) for name, model in models.items()}
         rows = count_stages(models[args.stages], args.image_size) if args.stages is not None else []
+        timings = time_settings(settings, {name: c.macs for name, c in counts.items()}, args.rounds) if settings else []
     except ValueError as error:
         sys.exit(f"flops.py: {error}")
 
     if args.json:
         networks = [{"name": name} | asdict(c) for name, c in counts.items()]
-        print(json.dumps([asdict(row) for row in rows] or networks))
+        print(json.dumps(timings or [asdict(row) for row in rows] or networks))
+    elif args.time:
+        print_timings(timings)
     elif args.stages is None:
         print(f"{'network':<20}{'parameters':>11} {'MACs, M':>12} {'FLOPs, M':>12} {'activations, MiB':>17}")
         for name, c in counts.items():

@@ -11,7 +11,8 @@ previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoar
 A run is a function of its arguments: the order of samples follows from (seed, epoch), the crop of a file from (seed,
 epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate from the step. So last.pt
 holds all that a run is: weights, optimizer, and the few numbers of `RunState`; and a global batch means the same on one
-process or eight. SIGTERM and SIGINT end a run after the step it is in, with a checkpoint.
+process or eight. --checkpoint-activations changes only what a step costs. SIGTERM and SIGINT end a run after the step
+it is in, with a checkpoint.
 """
 
 import signal
@@ -58,7 +59,14 @@ from evaluate import (
     signals_held,
     workers_released,
 )
-from fishnet import check_weights, create_model, load_pretrained, model_names, zero_init_last
+from fishnet import (
+    check_weights,
+    checkpoint_activations,
+    create_model,
+    load_pretrained,
+    model_names,
+    zero_init_last,
+)
 
 # A recipe is a set of defaults; any flag overrides its own.
 RECIPES = {
@@ -148,6 +156,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--mixed-precision", choices=("no", "tf32", "fp16", "bf16"), help="default: what accelerate launch says"
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the model: minutes before the first step")
+    group.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time, the same results")
     group.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>, or that of --resume PATH")
     group.add_argument("--checkpoint-every", type=int, default=0, help="steps between saves of last.pt inside an epoch")
     group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
@@ -652,6 +661,8 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     if args.pretrained:
         goes_on = f"{args.pretrained}: not read, since the run goes on from {path}"
         accelerator.print(goes_on if path else load_pretrained(model, args.pretrained))
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
     if args.compile:
         model.compile()  # in place: the weights keep their names
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
@@ -754,7 +765,10 @@ def advice(args: argparse.Namespace) -> tuple[str, str]:
     """For `explain`: how to need less memory, and how to go on."""
     parts = 2 * args.grad_accum_steps
     smaller = f"--grad-accum-steps {parts}, the same optimisation in smaller parts, or --batch-size"
-    return f"{smaller} {max(2, args.batch_size // 2)}", "go on with --resume auto"
+    smaller = f"{smaller} {max(2, args.batch_size // 2)}"
+    if not args.checkpoint_activations:
+        smaller = f"--checkpoint-activations, {smaller}"
+    return smaller, "go on with --resume auto"
 
 
 if __name__ == "__main__":

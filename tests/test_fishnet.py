@@ -1,5 +1,6 @@
 """The networks against published counts, another implementation's logits, and a second implementation in this file."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -11,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fishnet import FishNetConfig, channel_plan, channel_sum, create_model, model_names
+from fishnet import FishNetConfig, channel_plan, channel_sum, checkpoint_activations, create_model, model_names
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 NARROW = {"channels": (16, 32, 64, 128)}
@@ -494,3 +497,105 @@ def test_can_be_traced(name, way):
         traced = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(traced(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def train_three_steps(model, call=None):
+    """In float64 on random images; returns the logits of the last step."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = (call or model.__call__)(torch.randn(4, 3, 32, 32, dtype=torch.double))
+        F.cross_entropy(logits, torch.arange(4)).backward()
+        optimizer.step()
+    return logits
+
+
+def assert_same_training(a, logits_a, b, logits_b):
+    """To the bit: logits, gradients, weights, running statistics and the batches that these have seen."""
+    assert torch.equal(logits_a, logits_b)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters()))
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for (key, value), other in zip(a.state_dict().items(), b.state_dict().values()):
+        assert torch.equal(value, other), key
+
+
+def twins(name, **overrides):
+    """A network in float64 and the same with checkpointing."""
+    model = create_model(name, **NARROW, **overrides).double()
+    twin = copy.deepcopy(model)
+    checkpoint_activations(twin)
+    return model, twin
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("fishnet_tiny", {}), ("fishnet_tiny", {"preact": False}), ("fishnet99_imagenet", {}), ("resnet50", {})],
+)
+def test_checkpointing_changes_no_bit_of_training(name, overrides):
+    model, twin = twins(name, **overrides)
+    for module in (model.stem, twin.stem):  # a part in evaluation mode, as for fine-tuning
+        module.eval()
+    copied = copy.deepcopy(twin)
+    logits = train_three_steps(model)
+    assert_same_training(model, logits, twin, train_three_steps(twin))
+    assert_same_training(model, logits, copied, train_three_steps(copied))
+    batches = [value for key, value in twin.state_dict().items() if key.endswith("num_batches_tracked")]
+    assert {int(value) for value in batches} == {0, 3}
+
+
+@pytest.mark.parametrize("way", ["compile", "distributed"])
+def test_checkpointing_agrees_with(way, tmp_path):
+    model, twin = twins("resnet50", tail_depths=(1, 1, 1, 0))
+    logits = train_three_steps(model)
+    if way == "compile":
+        torch.compiler.reset()
+        twin.compile(backend="aot_eager")
+        assert_same_training(model, logits, twin, train_three_steps(twin))
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(twin)
+        assert_same_training(model, logits, twin, train_three_steps(twin, wrapped.__call__))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes at a time that operators have made and nothing has let go of yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.total, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        output = op(*args, **(kwargs or {}))
+        for x in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                    self.total += storage.nbytes()
+        if self.total > self.peak:  # perhaps: some are gone
+            self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+            self.total = sum(size for _, size in self.alive.values())
+            self.peak = max(self.peak, self.total)
+        return output
+
+
+def test_checkpointing_takes_two_fifths_of_the_memory():
+    """All maps and gradients at the fullest moment of a step with 64 images; on the meta device nothing is computed."""
+    peaks = []
+    with torch.device("meta"):
+        for checkpointed in (False, True):
+            model = create_model("fishnet99")
+            if checkpointed:
+                checkpoint_activations(model)
+            images = torch.empty(64, 3, 32, 32)
+            with LiveBytes() as live:
+                model(images).sum().backward()
+            peaks.append(live.peak)
+    assert peaks[1] < 0.39 * peaks[0], peaks

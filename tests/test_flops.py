@@ -1,15 +1,19 @@
 """The costs against published figures, PyTorch's own counter, arithmetic by hand and a training step on the CPU."""
 
 import json
+import multiprocessing
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import ResNet50_Weights
 
 import flops
 from fishnet import create_model, model_names
@@ -252,3 +256,82 @@ def test_i_convs_are_those_without_which_nothing_passes(run):
     ]  # fmt: skip
     out = run("--stages", "fishnet99_direct")
     assert "7 I-convs: stem.0, " in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_another_packages_network_has_its_published_counts():
+    meta = ResNet50_Weights.IMAGENET1K_V1.meta
+    with torch.device("meta"):
+        counts = flops.count(flops.make_model("torchvision.models:resnet50"))
+    assert counts.params == meta["num_params"] and round(counts.macs / 1e9, 3) == meta["_ops"]
+
+
+# --------------------------------------------------------------------------------------------------------------- time
+
+
+def test_time(run):
+    """Two settings of a training step, in processes of their own."""
+    flags = ("--time", "--train", "--batch-size=4", "--image-size=16", "--rounds=1", "--device=cpu", "--json")
+    rows = json.loads(run("fishnet_tiny", *flags, "--checkpoint-activations", "no", "yes"))
+    assert [row["checkpoint_activations"] for row in rows] == ["no", "yes"]
+    macs = flops.count(meta_model("fishnet_tiny"), 16).macs
+    for row in rows:
+        assert (row["name"], row["compile"], row["channels_last"], row["mixed_precision"]) == (
+            "fishnet_tiny", "no", "yes", "no",
+        )  # fmt: skip
+        assert (row["train"], row["batch_size"], row["image_size"], row["device"]) == (True, 4, 16, "cpu")
+        assert min(value for key, value in row.items() if re.search("second|bytes|ratio|share", key)) > 0
+        assert len(row) == 9 + 10
+        assert row["images_per_second"] == pytest.approx(4 / row["step_seconds"])
+        assert row["flops_per_second"] == pytest.approx(6 * macs * row["images_per_second"])
+        assert row["forward_seconds"] + row["backward_seconds"] < row["step_seconds"]
+    assert rows[0]["step_ratio"] == rows[0]["peak_ratio"] == 1
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_step_has_these_parts(train, one_thread):
+    setting = flops.Setting("fishnet_tiny", "no", "no", "bf16", "no", train, 2, 16, "cpu")
+    moments = flops.make_step(setting, torch.device("cpu"))()
+    assert len(moments) == (4 if train else 2) and moments == sorted(moments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compile"], "--compile: expected with --time"),
+        (["--batch-size", "8"], "--batch-size: expected with --time"),
+        (["--train"], "--train: expected with --time"),
+        (["--time"], "--time: expected names of networks"),
+        (["--time", "--stages", "fishnet99"], "--time: expected names of networks, and no --stages"),
+        (["fishnet99", "--time", "--batch-size", "0"], "batch-size=0: expected at least 1"),
+        (["fishnet99", "--time", "--rounds", "0"], "rounds=0: expected at least 1"),
+        (["fishnet99", "--time", "--device", "abacus"], "device=abacus: expected one of cpu"),
+        (["fishnet99", "--time", "--device", "cuda:99"], "device=cuda:99: expected one of cpu"),
+        (["fishnet99", "--time", "--device", "cpu", "--mixed-precision", "no", "fp16"], "mixed-precision=fp16: a CPU"),
+        (["fishnet99", "--time", "--checkpoint-activations"], "checkpoint-activations=yes: expected with --train"),
+        (["fishnet99", "--time", "--image-size", "30"], "30 x 30, expected multiples of 8"),
+        (["nonsense", "--time"], "model='nonsense'"),
+        (["nonsense:make"], "nonsense:make: expected MODULE:FUNCTION that makes a network (No module named"),
+        (["json:nothing", "--time"], "json:nothing: expected MODULE:FUNCTION that makes a network (module 'json' has"),
+        (["--stages", "torchvision.models:resnet50"], "expected one network of fishnet.py"),
+    ],
+)
+def test_wrong_arguments_of_time(run, arguments, message):
+    test_wrong_arguments(run, arguments, message)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("no memory", "no memory"), (None, "its process ended with exit code -9: out of memory?")]
+)
+def test_a_worker_that_fails_is_named(answer, reason):
+    worker = flops.Worker.__new__(flops.Worker)
+    worker.setting = flops.Setting("fishnet99", "no", "yes", "bf16", "yes", True, 2, 32, "cpu")
+    worker.process = SimpleNamespace(join=lambda: None, exitcode=-9)
+    worker.pipe, theirs = multiprocessing.Pipe()
+    if answer:
+        theirs.send(answer)
+    else:
+        theirs.close()
+    flags = "--compile no --channels-last yes --mixed-precision bf16 --checkpoint-activations yes"
+    with pytest.raises(ValueError) as error:
+        worker.ask()
+    assert str(error.value) == f"fishnet99 {flags}: {reason}"

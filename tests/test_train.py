@@ -70,7 +70,8 @@ def test_flags_are_these():
         "recipe", "dataset", "data_dir", "image_size", "val_fraction", "augment", "workers", "model", "model_args",
         "pretrained", "zero_init_last", "epochs", "max_steps", "batch_size", "grad_accum_steps", "opt", "lr",
         "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad", "patience", "seed",
-        "mixed_precision", "compile", "output_dir", "checkpoint_every", "resume", "override", "log_every",
+        "mixed_precision", "compile", "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override",
+        "log_every",
     }  # fmt: skip
     source = (ROOT / "train.py").read_text()
     for flag in flags - {"recipe"}:
@@ -364,6 +365,14 @@ def test_two_processes_train_like_one(cifar_dir, tmp_path):
     for x, y in zip(a["state"]["history"], b["state"]["history"]):
         assert x["lr"] == y["lr"]  # a scheduler that each process steps would run twice as fast
         assert math.isclose(x["train_loss"], y["train_loss"], rel_tol=1e-4)
+
+
+def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path):
+    run_train(tmp_path / "kept", *TINY, "--epochs", "2", "--max-steps", "3")
+    run_train(tmp_path / "again", *TINY, "--epochs", "2", "--max-steps", "3", "--checkpoint-activations")
+    assert_same(load(tmp_path / "kept" / "last.pt"), load(tmp_path / "again" / "last.pt"))
+    flags = ("--epochs", "2", "--max-steps", "4", "--resume", "auto")  # and it may change in a run
+    assert "resumed" in run_train(tmp_path / "again", *TINY, *flags)
 
 
 def test_all_cores_work_in_spite_of_omp_num_threads():
