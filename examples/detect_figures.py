@@ -32,7 +32,7 @@ from fishnet import FishNetFPN, create_model, zero_init_last
 from flops import count
 
 SIDE = 96
-SCENES = 9000
+SCENES = 7200
 BACKBONES = {
     "fishnet_tiny": {},
     # The tail alone, wider and deeper, so that both cost the same arithmetic.

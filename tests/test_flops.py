@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -256,6 +257,15 @@ def test_i_convs_are_those_without_which_nothing_passes(run):
     ]  # fmt: skip
     out = run("--stages", "fishnet99_direct")
     assert "7 I-convs: stem.0, " in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_the_readme_has_these_counts():
+    numbers = r"\| ([\d,]+) \| ([\d,.]+) \| ([\d,.]+) \|$"
+    rows = re.findall(rf"^\| `(\w+)`.*? {numbers}", (ROOT / "README.md").read_text(), re.M)
+    assert [name for name, *_ in rows] == model_names()
+    for name, *printed in rows:
+        c = flops.count(meta_model(name))
+        assert printed == [f"{c.params:,}", f"{c.macs / 1e6:,.2f}", f"{c.flops / 1e6:,.2f}"], name
 
 
 def test_another_packages_network_has_its_published_counts():
