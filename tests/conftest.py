@@ -8,9 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import train
+
+# Each process of pytest-xdist on a core of its own: threads of two programs that share cores wait for one another.
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+if CORES and "PYTEST_XDIST_WORKER" in os.environ:
+    os.sched_setaffinity(0, {CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(CORES)]})
+    torch.set_num_threads(1)
 
 
 def write_cifar10(root: Path, train_rows: int, test_rows: int) -> None:

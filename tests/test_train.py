@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, SMALL, TINY, start_python, start_train
+from conftest import CORES, ROOT, SMALL, TINY, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -377,6 +377,7 @@ def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path):
 
 def test_all_cores_work_in_spite_of_omp_num_threads():
     """accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU."""
-    code = "import train, torch; train.make_accelerator(train.parse_args([])); print(torch.get_num_threads())"
+    code = f"import os; os.sched_setaffinity(0, {CORES}); import train, torch; " \
+        "train.make_accelerator(train.parse_args([])); print(torch.get_num_threads())"  # fmt: skip
     out = start_python(1, "-c", code).communicate()[0]
-    assert int(out.split()[-1]) == len(os.sched_getaffinity(0)), out
+    assert int(out.split()[-1]) == len(CORES), out
