@@ -220,6 +220,8 @@ def load_checkpoint(path: str | Path) -> dict:
     ValueError or OSError, naming the file: not there, damaged, or not such a checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; expected a checkpoint, such as {path / 'best.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     with path.open("rb") as file:

@@ -381,6 +381,9 @@ class FishNetConfig:
             }.items():  # fmt: skip
                 if getattr(self, name) != value:
                     self._refuse(name, f"{value!r} in the structure 'paper'")
+        for name in ("k", "bridge", "body_dilations") if tail_only else ():
+            if getattr(self, name) != getattr(FishNetConfig, name):
+                self._refuse(name, f"{getattr(FishNetConfig, name)!r} for a tail alone, which has no use for another")
         if not tail_only:
             channel_plan(self.channels, self.k, self.structure)  # raises where k does not divide
 
@@ -833,7 +836,7 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
         raise ValueError(f"{path}: holds no state_dict")
 
     source, tables = "this project's", ()
-    plain = {str(name).removeprefix("module."): name for name in content}
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): name for name in content}  # wrappers' prefixes
     if any(name.startswith("fish.fish.") for name in plain):
         source = "the authors'"
         welltrained = "fish.fish.9.4.4.weight" in plain

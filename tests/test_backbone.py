@@ -132,7 +132,8 @@ def logits(model: nn.Module) -> np.ndarray:
 )
 def test_files_of_others_give_the_logits_of_their_networks(tmp_path, name, form):
     if form == "pytorchcv":
-        torch.save(pytorchcv_file(name), tmp_path / "file.pth")
+        content = {f"_orig_mod.{key}": value for key, value in pytorchcv_file(name).items()}  # of a compiled model
+        torch.save(content, tmp_path / "file.pth")
     else:
         state = authors_file(name)
         state = welltrained(state) if form == "welltrained" else state

@@ -158,6 +158,8 @@ def test_damaged_checkpoints_are_refused_by_name(checkpoint, tmp_path):
             load_checkpoint(path)
     with pytest.raises(OSError, match=r"b\.pt: no such checkpoint"):
         load_checkpoint(tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r": a folder; expected a checkpoint, such as .*best\.pt"):
+        load_checkpoint(tmp_path)
 
 
 class Canary:

@@ -321,6 +321,12 @@ def test_a_wrong_field_is_named(field, value, expected):
     assert message.startswith(f"{field}={value!r}: expected ") and expected in message and "\n" not in message
 
 
+@pytest.mark.parametrize(("field", "value"), [("k", 4), ("bridge", "none"), ("body_dilations", (1, 1, 1))])
+def test_a_tail_alone_refuses_fields_of_the_body(field, value):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: expected ") + ".* for a tail alone"):
+        create_model("resnet50", **{field: value})
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
