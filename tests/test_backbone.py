@@ -254,7 +254,7 @@ def test_detectors_train_and_detect(detector):
     torch.manual_seed(0)
     backbone = FishNetFPN(create_model("fishnet_tiny"), out_channels=32)
     model = detector(
-        backbone, num_classes=11, min_size=96, max_size=96, box_batch_size_per_image=32, rpn_post_nms_top_n_train=100,
+        backbone, num_classes=11, min_size=64, max_size=64, box_batch_size_per_image=32, rpn_post_nms_top_n_train=100,
         rpn_post_nms_top_n_test=50,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
@@ -272,7 +272,7 @@ def test_detectors_train_and_detect(detector):
         found = model.eval()(list(images))
     for detections in found:
         assert {"boxes", "labels", "scores"} <= detections.keys() and detections["boxes"].shape[1] == 4
-        assert detector is FasterRCNN or detections["masks"].shape[2:] == (96, 96)
+        assert detector is FasterRCNN or detections["masks"].shape[2:] == (64, 64)
 
 
 def test_a_head_on_the_finest_map_segments():
