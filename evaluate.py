@@ -357,8 +357,7 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"evaluate.py: {explain(error, f'--batch-size {max(1, batch_size // 2)}', 'start again')}")
     if accelerator.is_main_process:
-        name = checkpoint["name"] + (", flip-averaged," if args.tta else "")
-        print_metrics(m, name, args.split, args.dataset, data.classes, args.json)
+        print_metrics(m, checkpoint["name"], args.tta, args.split, args.dataset, data.classes, args.json)
     leave(accelerator)
 
 
@@ -373,7 +372,8 @@ def load_evaluated(args: argparse.Namespace, checkpoint: dict, accelerator: Acce
         raise ValueError(f"dataset={args.dataset}: its classes are not those of {args.checkpoint}")
     there = count_images(data)
     trained_on = checkpoint.get("images", there) if args.dataset == trained["dataset"] else there
-    if args.split == "val" and trained_on != there:
+    cut_from_train = args.dataset == "folder" and not (Path(data_dir) / "val").is_dir()
+    if args.split == "val" and cut_from_train and trained_on != there:
         raise ValueError(
             f"split=val: {data_dir} has other images, {there}, than the run, {trained_on}: "
             "what is val now may have been trained on"
@@ -409,13 +409,16 @@ def predict_files(
     return len(predictions) == len(args.files)
 
 
-def print_metrics(m: Metrics, model: str, split: str, dataset: str, classes: tuple[str, ...], as_json: bool) -> None:
+def print_metrics(
+    m: Metrics, model: str, tta: bool, split: str, dataset: str, classes: tuple[str, ...], as_json: bool
+) -> None:
     """One JSON object, or a table."""
     if as_json:
-        result = {"top1_error": m.top1_error, "top5_error": m.top5_error, "loss": m.loss, "images": m.images}
+        errors = {"top1_error": m.top1_error, "top5_error": m.top5_error, "loss": m.loss}
+        result = errors | {"images": m.images, "tta": tta}
         print(json.dumps(result | {"class_errors": dict(zip(classes, m.class_errors))}))
         return
-    print(f"{model} on {m.images} {split} images of {dataset}")
+    print(f"{model}{', flip-averaged,' if tta else ''} on {m.images} {split} images of {dataset}")
     print(f"loss {m.loss:.4f}   top-1 error {m.top1_error:.2%}   top-5 error {m.top5_error:.2%}")
     for name, error, count in zip(classes, m.class_errors, m.class_images):
         print(f"  {name:<20.20} {error:7.2%}  of {count}")

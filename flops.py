@@ -256,7 +256,7 @@ def i_convs(model: FishNet | ResNet) -> list[str]:
 
 # --------------------------------------------------------------------------------------------------------------- time
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"no": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLAGS = {  # what the flags of --time may say, the default first; the settings are the product of what they do say
     "compile": ("no", "yes"),
     "channels_last": ("yes", "no"),
@@ -306,11 +306,10 @@ def make_step(setting: Setting, device: torch.device) -> Callable[[], list[float
     The parts are the forward pass and, in training, backward pass and update, at a learning rate of 0: every step does
     the same. The matrix product is one part.
     """
-    dtype = DTYPES[setting.mixed_precision]
+    dtype, tf32 = DTYPES[setting.mixed_precision], setting.mixed_precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # as train.py has it
     if setting.name == PRODUCT:
         a, b = torch.randn(2, setting.image_size, setting.image_size, device=device, dtype=dtype)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, which convolutions take without being asked
         return lambda: [now(device), (a @ b, now(device))[1]]
 
     layout = torch.channels_last if setting.channels_last == "yes" else torch.contiguous_format
@@ -328,7 +327,7 @@ def make_step(setting: Setting, device: torch.device) -> Callable[[], list[float
     def step() -> list[float]:
         moments = [now(device)]
         with torch.set_grad_enabled(setting.train):
-            with torch.autocast(device.type, dtype, enabled=setting.mixed_precision != "no"):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels)
         moments.append(now(device))
@@ -446,9 +445,11 @@ def make_settings(args: argparse.Namespace) -> list[Setting]:
     devices = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
     if args.device not in devices:
         raise ValueError(f"device={args.device}: expected one of {', '.join(devices)}")
+    if not args.mixed_precision:
+        raise ValueError(f"mixed-precision: expected one or several of {', '.join(DTYPES)}")
     values = [dict.fromkeys(getattr(args, flag) or ["yes"]) for flag in FLAGS]  # a bare flag means yes
-    if args.device == "cpu" and "fp16" in args.mixed_precision:
-        raise ValueError("mixed-precision=fp16: a CPU has none, use bf16 or no")
+    for precision in {"fp16", "tf32"} & set(args.mixed_precision) if args.device == "cpu" else ():
+        raise ValueError(f"mixed-precision={precision}: a CPU has none, use bf16 or no")
     if "yes" in values[-1] and not args.train:
         raise ValueError("checkpoint-activations=yes: expected with --train, an evaluation keeps nothing")
     with torch.device("meta"):

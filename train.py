@@ -60,6 +60,7 @@ from evaluate import (
     workers_released,
 )
 from fishnet import (
+    FishNetConfig,
     check_weights,
     checkpoint_activations,
     create_model,
@@ -124,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=datasets.DATASETS, help="what to train on")
     group.add_argument("--data-dir", default="data", help="where the CIFAR folders are or go; or your train and val")
-    group.add_argument("--image-size", type=int, help="side of the crops of --dataset folder, in pixels; 224")
+    group.add_argument("--image-size", type=int, help="side of the crops of --dataset folder, if not 224")
     group.add_argument("--val-fraction", type=float, help="part of each class of the training set kept for validation")
     group.add_argument("--augment", choices=("slides", "standard", "none"), help="see train_transforms in data.py")
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
@@ -359,8 +360,8 @@ def resume(run: Run, path: Path) -> None:
     ]
     model = run.accelerator.unwrap_model(run.model)
     config = dataclasses.asdict(model.config)
-    changed += [f"{name} {checkpoint['config'].get(name)} -> {config[name]}" for name in config
-                if checkpoint["config"].get(name) != config[name]]  # fmt: skip
+    theirs = dataclasses.asdict(FishNetConfig()) | checkpoint["config"]  # an older one lacks newer fields
+    changed += [f"{name} {theirs[name]} -> {config[name]}" for name in config if theirs[name] != config[name]]
     if checkpoint.get("images", count_images(run.data)) != count_images(run.data):
         changed.append(f"images {checkpoint['images']} -> {count_images(run.data)}")
     if checkpoint["classes"] != list(run.data.classes):

@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--picture", metavar="PNG", help="write detections of the first backbone on held-out scenes")
     args = parser.parse_args()
-    if args.scenes < 8:
+    if args.scenes < 4:
         sys.exit(f"detect_figures.py: scenes={args.scenes}: expected at least 4, a batch")
     try:
         if args.picture:

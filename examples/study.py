@@ -96,10 +96,14 @@ def summarise(variant: str, seed: int, folder: Path) -> Row:
     """A run as a row: the validation error after its last epoch, in per cent, and its gradients."""
     with (folder / "metrics.csv").open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
+    if not last.get("val_top1_error"):
+        raise ValueError(f"{folder}: the run has no validation error")
     row: Row = {"variant": variant, "seed": seed, "val_top1_error": 100 * float(last["val_top1_error"])}
     for part, points in gradient_norms(folder, make_model(variant)).items():
         norms = [norm for _, norm in points]
         half = len(norms) // 2
+        if not half:
+            raise ValueError(f"{folder}: the run logged fewer than two gradients; take more steps or --log-every 1")
         row |= {f"{part}_first_half": mean(norms[:half]), f"{part}_second_half": mean(norms[half:])}
     return row
 
@@ -174,11 +178,11 @@ def main() -> None:
             raise ValueError("--picture: needs matplotlib, pip install matplotlib")
         for (variant, seed), folder in folders.items():
             train(flags_of(variant, seed, args.flags), folder, args.data_dir)
+        rows = [summarise(variant, seed, folder) for (variant, seed), folder in folders.items()]
     except (ValueError, OSError) as error:
         sys.exit(f"study.py: {error}")
     except KeyboardInterrupt:
         sys.exit("study.py: interrupted; go on with the same command")
-    rows = [summarise(variant, seed, folder) for (variant, seed), folder in folders.items()]
     print(*table(rows), sep="\n")
     if args.csv:
         with open(args.csv, "w", newline="") as file:

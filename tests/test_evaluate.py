@@ -113,7 +113,9 @@ def test_command(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
     evaluation.main()
     result = json.loads(capsys.readouterr().out)
-    assert result["images"] == 37 and set(result) == {"top1_error", "top5_error", "loss", "images", "class_errors"}
+    assert result["images"] == 37 and set(result) == {
+        "top1_error", "top5_error", "loss", "images", "tta", "class_errors",
+    }  # fmt: skip
     monkeypatch.setattr(sys, "argv", [*arguments, "--split", "val"])
     evaluation.main()
     out = capsys.readouterr().out

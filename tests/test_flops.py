@@ -317,6 +317,8 @@ def test_a_step_has_these_parts(train, one_thread):
         (["fishnet99", "--time", "--device", "abacus"], "device=abacus: expected one of cpu"),
         (["fishnet99", "--time", "--device", "cuda:99"], "device=cuda:99: expected one of cpu"),
         (["fishnet99", "--time", "--device", "cpu", "--mixed-precision", "no", "fp16"], "mixed-precision=fp16: a CPU"),
+        (["fishnet99", "--time", "--device", "cpu", "--mixed-precision", "tf32"], "mixed-precision=tf32: a CPU has"),
+        (["fishnet99", "--time", "--mixed-precision"], "mixed-precision: expected one or several of no, tf32"),
         (["fishnet99", "--time", "--checkpoint-activations"], "checkpoint-activations=yes: expected with --train"),
         (["fishnet99", "--time", "--image-size", "30"], "30 x 30, expected multiples of 8"),
         (["nonsense", "--time"], "model='nonsense'"),
