@@ -370,10 +370,9 @@ def load_evaluated(args: argparse.Namespace, checkpoint: dict, accelerator: Acce
         data = load_data(args.dataset, data_dir, trained["val_fraction"], trained["seed"], size)
     if list(data.classes) != checkpoint["classes"]:
         raise ValueError(f"dataset={args.dataset}: its classes are not those of {args.checkpoint}")
-    there = count_images(data)
-    trained_on = checkpoint.get("images", there) if args.dataset == trained["dataset"] else there
-    cut_from_train = args.dataset == "folder" and not (Path(data_dir) / "val").is_dir()
-    if args.split == "val" and cut_from_train and trained_on != there:
+    there, trained_on = count_images(data), checkpoint.get("images")
+    cut_from_train = args.dataset == trained["dataset"] == "folder" and not (Path(data_dir) / "val").is_dir()
+    if args.split == "val" and cut_from_train and trained_on not in (None, there):
         raise ValueError(
             f"split=val: {data_dir} has other images, {there}, than the run, {trained_on}: "
             "what is val now may have been trained on"

@@ -362,8 +362,9 @@ def resume(run: Run, path: Path) -> None:
     config = dataclasses.asdict(model.config)
     theirs = dataclasses.asdict(FishNetConfig()) | checkpoint["config"]  # an older one lacks newer fields
     changed += [f"{name} {theirs[name]} -> {config[name]}" for name in config if theirs[name] != config[name]]
-    if checkpoint.get("images", count_images(run.data)) != count_images(run.data):
-        changed.append(f"images {checkpoint['images']} -> {count_images(run.data)}")
+    there = count_images(run.data)
+    if checkpoint.get("images", there) != there:
+        changed.append(f"images {checkpoint['images']} -> {there}")
     if checkpoint["classes"] != list(run.data.classes):
         raise ValueError(f"{path}: its classes are not those of {run.args.dataset} in {run.args.data_dir}")
     if changed and not run.args.override:
