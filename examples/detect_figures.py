@@ -33,11 +33,14 @@ from flops import count
 
 SIDE = 64
 SCENES = 12000
+SMALL = {"stem_stride": 2, "final_norm": True}
 BACKBONES = {
-    "fishnet_tiny": {},
+    "FishNet": SMALL | {"channels": (48, 48, 64, 96), "tail_depths": (1, 2, 2, 1)},
     # The tail alone, wider and deeper, so that both cost the same arithmetic.
-    "its tail": {"body_depths": (), "head_depths": (), "channels": (112, 112, 128, 192), "tail_depths": (2, 3, 3, 2)},
-}
+    "its tail": SMALL | {
+        "channels": (112, 112, 128, 192), "tail_depths": (2, 3, 3, 2), "body_depths": (), "head_depths": (),
+    },
+}  # fmt: skip
 
 
 def draw_scene(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,7 +72,7 @@ def draw_scene(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 def make_detector(overrides: dict) -> MaskRCNN:
     """Mask R-CNN of torchvision on the pyramid, with anchors for figures of this size and heads for a CPU."""
-    model = create_model("fishnet_tiny", **overrides)
+    model = create_model("fishnet99", **overrides)
     zero_init_last(model)
     width, classes = 64, len(SHAPES) + 1
     return MaskRCNN(

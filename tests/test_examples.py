@@ -1,4 +1,4 @@
-"""examples/: the study's table by hand, the detectors' average precision against numpy."""
+"""examples/: the study's table and the roofline by hand, the detectors' average precision against numpy."""
 
 import csv
 import json
@@ -6,11 +6,15 @@ import math
 
 import numpy as np
 import pytest
+import roofline
 import study
 import torch
 from detect_figures import average_precision, draw_scene, evaluate, mask_iou
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from fishnet import create_model
+from flops import Setting, count, make_step
 
 
 def write_run(folder, error, norms):
@@ -85,3 +89,28 @@ def test_a_detector_that_knows_the_answers(shift, expected):
             return [target | {"boxes": target["boxes"] + shift, "masks": masks, "scores": torch.ones(len(masks))}]
 
     assert evaluate(Oracle(), scenes=12) == pytest.approx(expected)
+
+
+def test_the_roofline_counts_a_steps_arithmetic_and_bytes():
+    step = make_step(Setting("fishnet_tiny", "no", "yes", "no", "no", True, 2, 16, "cpu"), torch.device("cpu"))
+    with roofline.OperatorCosts() as mode:
+        step()
+    model = create_model("fishnet_tiny")
+    images = 2 * 8 * 8 * model.stem[0].weight.numel()  # MACs of the first convolution: images need no gradient
+    assert sum(flops for _, _, flops, _ in mode.costs.values()) == 6 * 2 * count(model, 16).macs - 2 * images
+
+    x = torch.zeros(8, 8)
+    with roofline.OperatorCosts() as mode:
+        x.view(64)
+        x + x
+        x.add_(x.mm(x))
+    assert {name: (calls, flops, size) for name, (calls, _, flops, size) in mode.costs.items()} == {
+        "add": (1, 0, 2 * x.nbytes), "mm": (1, 2 * 8**3, 2 * x.nbytes), "add_": (1, 0, 3 * x.nbytes),
+    }  # fmt: skip
+
+
+def test_the_table_of_the_roofline():
+    costs = {"conv": [4, 2.0, 100e9, 1e9], "add": [6, 1.0, 0, 5e9]}
+    _, _, conv, add = roofline.table(costs, 2, peak=100e9, bandwidth=10e9)
+    assert conv == "| `conv` | 2 | 1,000.0 | 66.7% | 50.0 | 0.5 | 50% | arithmetic |"
+    assert add == "| `add` | 3 | 500.0 | 33.3% |  | 5.0 | 50% | memory |"

@@ -170,8 +170,8 @@ def test_any_configuration_is_the_reference(case):
 
 def test_fishnet_tiny_is_the_reference():
     images = torch.from_numpy(normal(2, 3, 32, 48))  # not square
-    depths = (1, 2, 2, 1), (1, 1, 1), (1, 1, 1, 1)
-    expected = reference(images, (48, 48, 64, 96), *depths, stem_stride=2, final_norm=True)
+    depths = (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0)
+    expected = reference(images, (64, 64, 128, 256), *depths, k=4, stem_stride=2, final_norm=True)
     torch.testing.assert_close(fill(create_model("fishnet_tiny")).train()(images), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -206,10 +206,6 @@ def test_number_of_parameters(name, overrides, expected):
     with torch.device("meta"):
         model = create_model(name, **overrides)
     assert sum(p.numel() for p in model.parameters()) == expected
-
-
-def test_fishnet_tiny_has_about_a_million_parameters():
-    assert 0.8e6 < sum(p.numel() for p in create_model("fishnet_tiny").parameters()) < 1.2e6
 
 
 def test_channel_plan_of_fishnet99():
