@@ -178,7 +178,7 @@ def test_another_number_of_classes_drops_the_classifier_alone(own):
     [
         (lambda state: state.pop("stem.0.weight"), "1 of its weights do not fit the model: stem.0.weight is missing"),
         (lambda state: state.update(other=torch.zeros(1)), "do not fit the model: other is not the model's"),
-        (lambda state: state.update({"stem.0.weight": torch.zeros(1)}), r"is \(1,\) .*, expected \(48, 3,"),
+        (lambda state: state.update({"stem.0.weight": torch.zeros(1)}), r"is \(1,\) .*, expected \(64, 3,"),
         (lambda state: state["fc.weight"].fill_(torch.nan), "fc.weight is not finite"),
         (lambda state: state.update({"fc.weight": state["fc.weight"].half()}), "torch.float16 .*, expected"),
         (lambda state: state.update({"fc.weight": state["fc.weight"].to_sparse()}), "fc.weight is "),

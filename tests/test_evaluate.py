@@ -245,7 +245,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint):
 
 def test_a_model_from_a_checkpoint_gives_the_logits_of_the_one_that_was_saved(checkpoint):
     """Buffers that a state_dict does not have are made anew: the channels that a tail repeats."""
-    overrides = {"channels": (16, 24, 32, 48), "tail_shortcut": "repeat", "bridge": "none"}
+    overrides = {"channels": (16, 24, 32, 48), "k": 2, "tail_shortcut": "repeat", "bridge": "none"}
     source = create_model("fishnet_tiny", **overrides).eval()
     content = checkpoint | {
         "name": "fishnet_tiny", "config": vars(source.config), "model": source.state_dict(),

@@ -394,8 +394,8 @@ def test_body_and_head_have_no_convolution_in_the_way(preact):
     logits = model(torch.randn(2, 3, 32, 32))
 
     arrives = bridges[0].mean((2, 3)).detach().numpy()  # an upsampled pixel's maximum is the pixel
-    for skip in (96, 64, 48):  # c4, c3, c2: nothing comes from the skips, and r_2 sums pairs
-        arrives = np.pad(arrives, ((0, 0), (0, skip))).reshape(2, -1, 2).sum(2)
+    for skip in (256, 128, 64):  # c4, c3, c2: nothing comes from the skips, and r_4 sums four channels
+        arrives = np.pad(arrives, ((0, 0), (0, skip))).reshape(2, -1, 4).sum(2)
     weights = model.fc.weight.detach().numpy()[:, : arrives.shape[1]]
     assert np.abs(arrives).max() > 0.1
     np.testing.assert_allclose(logits.detach(), arrives @ weights.T, rtol=1e-4, atol=1e-5)

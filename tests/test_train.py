@@ -131,7 +131,7 @@ def test_a_run_and_its_files(run_train, tmp_path):
 
 
 def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
-    fields = "body_depths=()", "head_depths=()", "final_norm=True"
+    fields = "body_depths=()", "head_depths=()", "k=2", "final_norm=True"
     run_train(tmp_path / "run", "--max-steps", "1", "--log-every", "1", "--model-args", *fields)
     norms = {tag for tag in EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"] if "gradient" in tag}
     assert norms == {"gradient_norm/tail", "gradient_norm/head"}
@@ -205,11 +205,11 @@ def test_resume_of_another_run_is_refused(run_train, tmp_path):
 
 
 def test_model_args_reach_the_network_and_a_run_is_bound_to_them(run_train, tmp_path):
-    flags = ("--epochs", "2", "--model-args", "k=4", "bridge=none", "channels=(32, 32, 64, 64)")
+    flags = ("--epochs", "2", "--model-args", "k=2", "bridge=none", "channels=(32, 32, 64, 64)")
     run_train(tmp_path / "run", *flags, "--max-steps", "1")
     config = load(tmp_path / "run" / "last.pt")["config"]
-    assert (config["k"], config["bridge"], config["channels"]) == (4, "none", (32, 32, 64, 64))
-    with pytest.raises(SystemExit, match=r"another run \(channels \(32, .* -> \(48, .*, k 4 -> 2, bridge none -> se\)"):
+    assert (config["k"], config["bridge"], config["channels"]) == (2, "none", (32, 32, 64, 64))
+    with pytest.raises(SystemExit, match=r"another run \(channels \(32, .* -> \(64, .*, k 2 -> 4, bridge none -> se\)"):
         run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
     out = run_train(tmp_path / "run", *flags, "--max-steps", "2", "--resume", "auto")
     assert "at step 1" in out
@@ -254,7 +254,7 @@ def test_checkpoint_inside_an_epoch(run_train, tmp_path, monkeypatch):
 
 
 def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, tmp_path, monkeypatch):
-    flags = "--epochs", "2", "--model-args", "body_depths=()", "head_depths=()", "tail_depths=(1, 1, 1, 0)"
+    flags = "--epochs", "2", "--model-args", "body_depths=()", "head_depths=()", "k=2", "tail_depths=(1, 1, 1, 0)"
     run_train(tmp_path / "eager", *flags)
     in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: in_place(model, backend="eager"))  # minutes less
