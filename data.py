@@ -734,6 +734,27 @@ class RandomHorizontalFlip:
         return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
+@dataclass(frozen=True)
+class Cutout:
+    """A grey square of `side` pixels on each image, centred on any of its pixels: DeVries and Taylor 2017, section 3.2.
+
+    What reaches over the edge is lost, so some images keep nearly all of their pixels.
+    """
+
+    side: int
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, _, height, width = images.shape
+        y, x = (torch.randint(size, (n, 1), generator=generator).to(images.device) for size in (height, width))
+        first = self.side // 2  # pixels of the square before its centre
+        rows, columns = (
+            (offset >= 0) & (offset < self.side)
+            for offset in (torch.arange(height, device=images.device) - y + first,
+                           torch.arange(width, device=images.device) - x + first)
+        )  # fmt: skip
+        return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.5)
+
+
 class FancyPCA:
     """AlexNet's colour augmentation (Krizhevsky et al. 2012, section 4.1), with probability p an image.
 
@@ -779,21 +800,28 @@ class BatchTransform:
         return TF.normalize(images, self.mean, self.std, inplace=True)
 
 
+AUGMENTS = ("slides", "standard", "cutout", "none")
+
+
 def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transform]:
-    """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `none`.
+    """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `cutout`: and
+    a square of three eighths of the side is cut out. `none`.
 
     A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` the flip.
     """
     folder = isinstance(train, FolderSet)
+    size = train.size if folder else train.images.shape[-1]
     if augment == "slides" and folder:
         return [RandomHorizontalFlip(), FancyPCA(IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS)]
     if augment == "slides":
-        return [RandomResizedCrop(train.images.shape[-1]), RandomHorizontalFlip(), FancyPCA.fit(train.images)]
+        return [RandomResizedCrop(size), RandomHorizontalFlip(), FancyPCA.fit(train.images)]
+    if augment == "cutout":
+        return [*train_transforms("standard", train), Cutout(3 * size // 8)]
     if augment == "standard":
         return [RandomHorizontalFlip()] if folder else [RandomCrop(), RandomHorizontalFlip()]
     if augment == "none":
         return []
-    raise ValueError(f"augment={augment!r}: expected slides, standard or none")
+    raise ValueError(f"augment={augment!r}: expected one of {', '.join(AUGMENTS)}")
 
 
 def pixel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -915,7 +943,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Look at a dataset.")
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
     parser.add_argument("--data-dir", default="data", help="where the files are (default: %(default)s)")
-    parser.add_argument("--augment", choices=("slides", "standard", "none"), default="slides", help="for --grid")
+    parser.add_argument("--augment", choices=AUGMENTS, default="slides", help="for --grid")
     parser.add_argument("--grid", metavar="PNG", help="write the first 64 images, raw and augmented")
     parser.add_argument("--stats", action="store_true", help="print mean, std and principal components of the pixels")
     parser.add_argument("--time", action="store_true", help="print images/s of the `slides` augmentation")

@@ -314,8 +314,9 @@ class FishNetConfig:
     has the SE unit besides). body_depths, head_depths: regular units of B4 B3 B2 and of H1-H4; both empty leave the
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
     tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
-    T4, or "none". stem_stride: of the first convolution. final_norm: BN-ReLU before the last pool. in_channels: of the
-    images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1 to 32.
+    T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts. stem_stride: of the first convolution.
+    final_norm: BN-ReLU before the last pool. in_channels: of the images. num_classes: of the classifier.
+    body_dilations: of the first regular unit in B4 B3 B2, 1 to 32.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units
@@ -332,6 +333,7 @@ class FishNetConfig:
     preact: bool = True
     tail_shortcut: str = "conv"
     bridge: str = "se"
+    stem_depth: int = 2
     stem_stride: int = 1
     final_norm: bool = False
     in_channels: int = 3
@@ -370,6 +372,8 @@ class FishNetConfig:
         for name in ("k", "in_channels", "num_classes"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 self._refuse(name, "an integer of at least 1")
+        if not _is_int(self.stem_depth) or self.stem_depth < (0 if self.preact else 1):
+            self._refuse("stem_depth", f"an integer of at least {0 if self.preact else 1}")
         for name in ("preact", "final_norm"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "True or False")
@@ -377,7 +381,8 @@ class FishNetConfig:
             self._refuse("stem_stride", "1, 2 or 4")
         if paper:  # its structure leaves no choice in these
             for name, value in {
-                "preact": True, "tail_shortcut": "conv", "bridge": "se", "stem_stride": 4, "final_norm": True,
+                "preact": True, "tail_shortcut": "conv", "bridge": "se", "stem_depth": 2, "stem_stride": 4,
+                "final_norm": True,
             }.items():  # fmt: skip
                 if getattr(self, name) != value:
                     self._refuse(name, f"{value!r} in the structure 'paper'")
@@ -590,10 +595,10 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
         return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
     if config.preact:
         first = nn.Conv2d(config.in_channels, c1, 3, stride=stride, padding=1, bias=False)
-        return nn.Sequential(first, bottleneck(c1, c1, True), bottleneck(c1, c1, True))
+        return nn.Sequential(first, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
     first = bottleneck(config.in_channels, c1, False)
     first.conv2.stride = (stride, stride)
-    return nn.Sequential(first, bottleneck(c1, c1, False))
+    return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
 
 
 def make_tail(config: FishNetConfig) -> nn.ModuleList:

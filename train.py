@@ -127,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--data-dir", default="data", help="where the CIFAR folders are or go; or your train and val")
     group.add_argument("--image-size", type=int, help="side of the crops of --dataset folder, if not 224")
     group.add_argument("--val-fraction", type=float, help="part of each class of the training set kept for validation")
-    group.add_argument("--augment", choices=("slides", "standard", "none"), help="see train_transforms in data.py")
+    group.add_argument("--augment", choices=datasets.AUGMENTS, help="see train_transforms in data.py")
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=model_names(), help="which network")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 import data
 from data import (
     BatchTransform,
+    Cutout,
     EpochBatches,
     FancyPCA,
     ImageSet,
@@ -416,7 +417,7 @@ def test_the_same_numbers_give_the_same_pixels_and_others_do_not():
         assert not any(torch.equal(outputs[i], outputs[j]) for j in range(i))
 
 
-@pytest.mark.parametrize("augment", ["slides", "standard"])
+@pytest.mark.parametrize("augment", ["slides", "standard", "cutout"])
 def test_every_image_of_a_batch_has_its_own_draws(augment):
     images = random_images(1).expand(100, -1, -1, -1)
     transform = BatchTransform((0, 0, 0), (1, 1, 1), data.train_transforms(augment, as_set(images)))
@@ -488,6 +489,19 @@ def test_random_crop_is_torchvisions_pad_and_crop():
         assert torch.equal(output, TF.crop(TF.pad(image, [4] * 4), y + 4, x + 4, 32, 32))
     shifts = set(map(tuple, middle[:, :2].tolist()))
     assert shifts == {(x, y) for x in range(-4, 5) for y in range(-4, 5)}
+
+
+@pytest.mark.parametrize("side", [3, 4])
+def test_cutout_greys_a_square_round_any_pixel_as_far_as_it_is_inside(side):
+    images = torch.rand(3000, 3, 8, 6)
+    cut = Cutout(side)(images, seeded_generator(5))
+    changed = (cut != images).numpy()
+    assert (cut.numpy()[changed] == 0.5).all() and (changed == changed[:, :1]).all()  # the same pixels of R, G and B
+    expected = np.zeros((8, 6, 8, 6), bool)
+    for y, x in np.ndindex(8, 6):
+        top, left = y - side // 2, x - side // 2
+        expected[y, x, max(top, 0) : top + side, max(left, 0) : left + side] = True
+    assert {mask.tobytes() for mask in changed[:, 0]} == {mask.tobytes() for mask in expected.reshape(48, 8, 6)}
 
 
 @pytest.mark.parametrize("p", [0, 0.25, 0.5, 1])
@@ -577,13 +591,14 @@ def test_batch_transform_applies_the_transforms_to_scaled_pixels_in_order():
 
 def test_train_transforms_by_name():
     images = random_images(10)
-    found = {name: data.train_transforms(name, as_set(images)) for name in ("slides", "standard", "none")}
+    found = {name: data.train_transforms(name, as_set(images)) for name in ("slides", "standard", "cutout", "none")}
     kinds = {name: [type(t) for t in transforms] for name, transforms in found.items()}
     assert kinds["slides"] == [RandomResizedCrop, RandomHorizontalFlip, FancyPCA]
     assert kinds["standard"] == [RandomCrop, RandomHorizontalFlip] and kinds["none"] == []
+    assert kinds["cutout"] == [RandomCrop, RandomHorizontalFlip, Cutout] and found["cutout"][-1].side == 12
     crop, flip, pca = found["slides"]
     assert (crop.size, crop.scale, flip.p, pca.std, pca.p) == (32, (0.5, 1.0), 0.5, 0.1, 0.5)
-    with pytest.raises(ValueError, match=r"augment='all'.*slides, standard or none"):
+    with pytest.raises(ValueError, match=r"augment='all'.*slides, standard, cutout, none"):
         data.train_transforms("all", as_set(images))
 
 

@@ -59,7 +59,7 @@ def fill(model):
 
 def reference(
     x, channels, tail, body, head, k=2, preact=True, stem_stride=1, final_norm=False, num_classes=10,
-    tail_shortcut="conv", bridge="se", body_dilations=(1, 2, 4),
+    tail_shortcut="conv", bridge="se", stem_depth=2, body_dilations=(1, 2, 4),
 ):  # fmt: skip
     """Train-mode logits of the slides' networks, written straight down; it makes its weights when it meets a shape."""
     c1, c2, c3, c4 = channels
@@ -109,7 +109,9 @@ def reference(
     def average(x):
         return (norm(x).relu() if final_norm else x).mean((2, 3))
 
-    x1 = m(m(conv(x, c1, 3, stride=stem_stride), c1), c1) if preact else m(m(x, c1, stride=stem_stride), c1)
+    x1 = conv(x, c1, 3, stride=stem_stride) if preact else m(x, c1, stride=stem_stride)
+    for _ in range(stem_depth if preact else stem_depth - 1):
+        x1 = m(x1, c1)
     x2 = pool(units(x1, c2, tail[0]))
     x3 = pool(units(x2, c3, tail[1]))
     x4 = pool(units(x3, c4, tail[2]))
@@ -142,6 +144,8 @@ CASES = {
     "no regular units": {"tail": (1, 1, 1, 0), "body": (0, 2, 0), "head": (1, 0, 2, 0)},
     "post-activation": {"preact": False},
     "post-activation, k=4": {"preact": False, "k": 4, "tail": (2, 1, 2, 2), "body": (2, 2, 2), "head": (0, 2, 1, 2)},
+    "stem of one convolution": {"stem_depth": 0},
+    "stem of three bottlenecks": {"stem_depth": 3, "preact": False},
     "stem 2, 7 classes": {"stem_stride": 2, "num_classes": 7},
     "stem 4, post-activation": {"stem_stride": 4, "preact": False},
     "final norm": {"final_norm": True},
@@ -296,6 +300,8 @@ def test_weights_at_the_start():
         ("preact", 1, "True or False"),
         ("preact", "no", "True or False"),
         ("final_norm", 0, "True or False"),
+        ("stem_depth", -1, "an integer of at least 0"),
+        ("stem_depth", 1.0, "an integer of at least 0"),
         ("stem_stride", 3, "1, 2 or 4"),
         ("stem_stride", True, "1, 2 or 4"),
         ("in_channels", 0, "at least 1"),
@@ -328,6 +334,7 @@ def test_a_tail_alone_refuses_fields_of_the_body(field, value):
     [
         ("preact", False, "True in the structure 'paper'"),
         ("tail_shortcut", "repeat", "'conv' in the structure 'paper'"),
+        ("stem_depth", 0, "2 in the structure 'paper'"),
         ("stem_stride", 2, "4 in the structure 'paper'"),
         ("body_depths", (1, 0, 1), "3 integers of at least 1"),
         ("head_depths", (1, 1, 1, 1), "3 integers"),
