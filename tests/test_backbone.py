@@ -284,7 +284,7 @@ def test_a_head_on_the_finest_map_segments():
     images = torch.stack(images)
     masks = torch.stack([target["masks"].amax(0) for target in targets])[:, None].float()
     optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], 3e-3)
-    for _ in range(12):
+    for _ in range(20):
         maps = F.interpolate(head(model.forward_features(images)["H1"]), scale_factor=2)
         loss = F.binary_cross_entropy_with_logits(maps, masks)
         optimizer.zero_grad()

@@ -95,10 +95,10 @@ def test_a_detector_that_knows_the_answers(shift, expected):
 def test_the_plain_network_is_ours(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "relu", torch.nn.functional.relu)  # put back after the test
     monkeypatch.setattr(plain.sys, "platform", "elsewhere")  # this process keeps its allocator's settings
-    images = torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    ours = create_model("fishnet_tiny").eval()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    ours = create_model("fishnet_tiny").double().eval()
     expected = ours(images)
-    theirs = plain.fishnet_tiny().to(memory_format=torch.channels_last).eval()
+    theirs = plain.fishnet_tiny().to(torch.float64, memory_format=torch.channels_last).eval()
     theirs.model.load_state_dict(ours.state_dict())
     torch.testing.assert_close(theirs(images), expected)
     assert all(weight.is_contiguous() for weight in theirs.parameters())
