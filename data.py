@@ -745,13 +745,13 @@ class Cutout:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         n, _, height, width = images.shape
-        y, x = (torch.randint(size, (n, 1), generator=generator).to(images.device) for size in (height, width))
-        first = self.side // 2  # pixels of the square before its centre
-        rows, columns = (
-            (offset >= 0) & (offset < self.side)
-            for offset in (torch.arange(height, device=images.device) - y + first,
-                           torch.arange(width, device=images.device) - x + first)
-        )  # fmt: skip
+
+        def inside(size: int) -> Tensor:  # (N, size): rows or columns of the square
+            centre = torch.randint(size, (n, 1), generator=generator).to(images.device)
+            offset = torch.arange(size, device=images.device) - centre + self.side // 2
+            return (offset >= 0) & (offset < self.side)
+
+        rows, columns = inside(height), inside(width)
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.5)
 
 

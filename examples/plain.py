@@ -28,8 +28,7 @@ class Plain(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = False
-        relu = torch.relu
-        F.relu = lambda x, inplace=False: relu(x)  # of this process, which has no other network
+        F.relu = lambda x, inplace=False: torch.relu(x)  # of this process, which has no other network
         if sys.platform == "linux":  # what prepare_cpu set: back to the values that glibc's own rule ends at
             mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
             if mallopt:
