@@ -313,10 +313,10 @@ class FishNetConfig:
     channels: widths of the stem and of T1, T2, T3 (c1 c2 c3 c4). tail_depths: residual units of T1-T4 (T4 of a FishNet
     has the SE unit besides). body_depths, head_depths: regular units of B4 B3 B2 and of H1-H4; both empty leave the
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
-    tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
-    T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts. stem_stride: of the first convolution.
-    final_norm: BN-ReLU before the last pool. in_channels: of the images. num_classes: of the classifier.
-    body_dilations: of the first regular unit in B4 B3 B2, 1 to 32.
+    tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit
+    after T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts; 0 leaves a convolution.
+    stem_stride: of the first convolution. final_norm: BN-ReLU before the last pool. in_channels: of the images.
+    num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1 to 32.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units
@@ -372,8 +372,8 @@ class FishNetConfig:
         for name in ("k", "in_channels", "num_classes"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 self._refuse(name, "an integer of at least 1")
-        if not _is_int(self.stem_depth) or self.stem_depth < (0 if self.preact else 1):
-            self._refuse("stem_depth", f"an integer of at least {0 if self.preact else 1}")
+        if not _is_int(self.stem_depth) or self.stem_depth < 0:
+            self._refuse("stem_depth", "an integer of at least 0")
         for name in ("preact", "final_norm"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "True or False")
@@ -593,9 +593,10 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
             conv = nn.Conv2d(*widths, 3, stride=stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(widths[1]), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
-    if config.preact:
+    if config.preact or config.stem_depth == 0:
         first = nn.Conv2d(config.in_channels, c1, 3, stride=stride, padding=1, bias=False)
-        return nn.Sequential(first, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
+        activation = () if config.preact else (nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
+        return nn.Sequential(first, *activation, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
     first = bottleneck(config.in_channels, c1, False)
     first.conv2.stride = (stride, stride)
     return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
@@ -658,10 +659,11 @@ CONFIGS = {
     "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),
     # Ours, for two CPU cores: a quarter of the pixels. M works in a quarter of its output's width, so the stem is not
-    # narrower. Per second of training a deeper tail gains more than regular units in body and head.
+    # narrower, and has no M: without shortcuts, all would go through that quarter. Per second of training a deeper tail
+    # gains more than regular units in body and head.
     "fishnet_tiny": FishNetConfig(
         channels=(64, 64, 128, 256), tail_depths=(2, 3, 3, 2), body_depths=(0, 0, 0), head_depths=(0, 0, 0, 0), k=4,
-        stem_stride=2, final_norm=True,
+        stem_depth=0, stem_stride=2, final_norm=True,
     ),
     # [O]
     "fishnet99_imagenet": FishNetConfig(

@@ -109,7 +109,12 @@ def reference(
     def average(x):
         return (norm(x).relu() if final_norm else x).mean((2, 3))
 
-    x1 = conv(x, c1, 3, stride=stem_stride) if preact else m(x, c1, stride=stem_stride)
+    if preact:
+        x1 = conv(x, c1, 3, stride=stem_stride)
+    elif stem_depth:
+        x1 = m(x, c1, stride=stem_stride)
+    else:
+        x1 = norm(conv(x, c1, 3, stride=stem_stride)).relu()
     for _ in range(stem_depth if preact else stem_depth - 1):
         x1 = m(x1, c1)
     x2 = pool(units(x1, c2, tail[0]))
@@ -145,6 +150,7 @@ CASES = {
     "post-activation": {"preact": False},
     "post-activation, k=4": {"preact": False, "k": 4, "tail": (2, 1, 2, 2), "body": (2, 2, 2), "head": (0, 2, 1, 2)},
     "stem of one convolution": {"stem_depth": 0},
+    "stem of one convolution, post-activation": {"stem_depth": 0, "stem_stride": 2, "preact": False},
     "stem of three bottlenecks": {"stem_depth": 3, "preact": False},
     "stem 2, 7 classes": {"stem_stride": 2, "num_classes": 7},
     "stem 4, post-activation": {"stem_stride": 4, "preact": False},
@@ -175,7 +181,7 @@ def test_any_configuration_is_the_reference(case):
 def test_fishnet_tiny_is_the_reference():
     images = torch.from_numpy(normal(2, 3, 32, 48))  # not square
     depths = (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0)
-    expected = reference(images, (64, 64, 128, 256), *depths, k=4, stem_stride=2, final_norm=True)
+    expected = reference(images, (64, 64, 128, 256), *depths, k=4, stem_depth=0, stem_stride=2, final_norm=True)
     torch.testing.assert_close(fill(create_model("fishnet_tiny")).train()(images), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -546,7 +552,7 @@ def twins(name, **overrides):
 )
 def test_checkpointing_changes_no_bit_of_training(name, overrides):
     model, twin = twins(name, **overrides)
-    for module in (model.stem, twin.stem):  # a part in evaluation mode, as for fine-tuning
+    for module in (model.tail[0], twin.tail[0]):  # a part in evaluation mode, as for fine-tuning
         module.eval()
     copied = copy.deepcopy(twin)
     logits = train_three_steps(model)

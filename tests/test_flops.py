@@ -163,7 +163,7 @@ def test_layer_table_of_the_slides():
         ("fishnet73", {}, 66),
         ("resnet50", {}, 7 + 3 * (3 + 4 + 6 + 3)),
         ("resnet50", {"final_norm": True}, 7 + 3 * (3 + 4 + 6 + 3)),
-        ("fishnet_tiny", {}, 7 + 3 * (2 + 3 + 3 + 2 + 1) + 2 + 7 * 3),
+        ("fishnet_tiny", {}, 1 + 3 * (2 + 3 + 3 + 2 + 1) + 2 + 7 * 3),
     ],
 )
 def test_stages_add_up(name, overrides, layers):
