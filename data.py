@@ -804,10 +804,11 @@ AUGMENTS = ("slides", "standard", "cutout", "none")
 
 
 def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transform]:
-    """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `cutout`: and
-    a square of three eighths of the side is cut out. `none`.
+    """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `cutout`: these
+    and a grey square of three eighths of the side, 12 of 32 pixels. `none`.
 
-    A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` the flip.
+    A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` the flip, `cutout` the
+    flip and the square.
     """
     folder = isinstance(train, FolderSet)
     size = train.size if folder else train.images.shape[-1]

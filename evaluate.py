@@ -20,7 +20,7 @@ import sys
 import traceback
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,7 +44,7 @@ from data import (
     parse_pickle,
     read_image,
 )
-from fishnet import check_weights, create_model
+from fishnet import FishNetConfig, check_weights, create_model
 
 
 class StateDict(dict):
@@ -274,11 +274,13 @@ def check_archive(file: BinaryIO) -> None:
 
 def load_model(checkpoint: dict) -> nn.Module:
     """The checkpoint's model with its weights. ValueError: they do not fit, or are not finite."""
-    config, weights = checkpoint["config"], checkpoint["model"]
+    weights = checkpoint["model"]
     try:
+        config = asdict(FishNetConfig()) | checkpoint["config"]  # an older one lacks newer fields
         if config["num_classes"] != len(checkpoint["classes"]):
             raise ValueError(f"{len(checkpoint['classes'])} classes")
-        if sum(sum(config[part]) for part in ("tail_depths", "body_depths", "head_depths")) > len(weights):
+        depths = (config[f"{part}_depths"] for part in ("tail", "body", "head", "transfer"))
+        if config["stem_depth"] + sum(map(sum, depths)) > len(weights):
             raise ValueError(f"more units than its {len(weights)} weights")  # a small file must not keep us building
         with torch.device("meta"):  # takes no memory: a width in the file may be anything
             empty = create_model(checkpoint["name"], **config)
@@ -302,12 +304,19 @@ def prepare_cpu(device: torch.device) -> None:
     if os.environ.get("OMP_NUM_THREADS") == "1":  # set by accelerate launch and torchrun: it leaves cores idle
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     torch.set_flush_denormal(True)  # arithmetic on numbers under 1e-38 is many times slower
-    if sys.platform == "linux":  # glibc gives each freed tensor back to the system: a fifth of a step is page faults
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
-            mallopt(m_trim_threshold, largest)
-            mallopt(m_mmap_threshold, largest)
+    set_malloc_thresholds(mmap=2**31 - 1, trim=2**31 - 1)  # as it comes, a fifth of a step is page faults
+
+
+def set_malloc_thresholds(mmap: int, trim: int) -> None:
+    """glibc, where there is one: tensors of `mmap` bytes and more go back to the system as soon as they are freed.
+
+    So does what is free at the heap's end, once it has `trim` bytes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, mmap)
+        mallopt(m_trim_threshold, trim)
 
 
 def main() -> None:

@@ -314,9 +314,10 @@ class FishNetConfig:
     has the SE unit besides). body_depths, head_depths: regular units of B4 B3 B2 and of H1-H4; both empty leave the
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
     tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit
-    after T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts; 0 leaves a convolution.
-    stem_stride: of the first convolution. final_norm: BN-ReLU before the last pool. in_channels: of the images.
-    num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1 to 32.
+    after T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts; 0 leaves a convolution, with
+    BN-ReLU unless preact. stem_stride: of the first 3x3 convolution. final_norm: BN-ReLU before the last pool.
+    in_channels: of the images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2,
+    1 to 32.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units
@@ -595,8 +596,9 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
         return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
     if config.preact or config.stem_depth == 0:
         first = nn.Conv2d(config.in_channels, c1, 3, stride=stride, padding=1, bias=False)
-        activation = () if config.preact else (nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
-        return nn.Sequential(first, *activation, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
+        if config.preact:
+            return nn.Sequential(first, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
+        return nn.Sequential(first, nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
     first = bottleneck(config.in_channels, c1, False)
     first.conv2.stride = (stride, stride)
     return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
@@ -658,9 +660,8 @@ CONFIGS = {
     # [S]'s improvements: with them the tail, too, has no convolution outside a branch.
     "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),
-    # Ours, for two CPU cores: a quarter of the pixels. M works in a quarter of its output's width, so the stem is not
-    # narrower, and has no M: without shortcuts, all would go through that quarter. Per second of training a deeper tail
-    # gains more than regular units in body and head.
+    # Ours, for two CPU cores: a quarter of the pixels, and no M in the stem, where nothing would go round the quarter
+    # of the width that M works in. Per second of training a deeper tail gains more than regular units in body and head.
     "fishnet_tiny": FishNetConfig(
         channels=(64, 64, 128, 256), tail_depths=(2, 3, 3, 2), body_depths=(0, 0, 0), head_depths=(0, 0, 0, 0), k=4,
         stem_depth=0, stem_stride=2, final_norm=True,

@@ -2,20 +2,27 @@
 
     python flops.py examples.plain:fishnet99 fishnet99 --time --train --batch-size 64 --compile no yes
 
-The same graph and weights, in NCHW and eager, whatever the flags say. No ReLU works in place, and glibc's allocator is
-as it comes.
+The same graph and weights in NCHW and eager, whatever --channels-last and --compile say. No ReLU works in place, and
+glibc's allocator does what it does by itself.
 """
-
-import ctypes
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluate import set_malloc_thresholds
 from fishnet import create_model
 
 MIB = 2**20
+
+
+def work_as_a_first_version() -> None:
+    """Of the whole process: no ReLU works in place, and freed tensors go back to the system.
+
+    From 32 MiB on at once, and from the heap's end once it has 64 MiB: where glibc's own rule ends with large tensors.
+    """
+    F.relu = lambda x, inplace=False: torch.relu(x)
+    set_malloc_thresholds(mmap=32 * MIB, trim=64 * MIB)
 
 
 class Plain(nn.Module):
@@ -25,16 +32,7 @@ class Plain(nn.Module):
         super().__init__()
         self.model = create_model(name)
         self.config = self.model.config
-        for module in self.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = False
-        F.relu = lambda x, inplace=False: torch.relu(x)  # of this process, which has no other network
-        if sys.platform == "linux":  # what prepare_cpu set: back to the values that glibc's own rule ends at
-            mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-            if mallopt:
-                m_trim_threshold, m_mmap_threshold = -1, -3
-                mallopt(m_mmap_threshold, 32 * MIB)
-                mallopt(m_trim_threshold, 64 * MIB)
+        work_as_a_first_version()  # flops.py times each network in a process of its own
 
     def to(self, *args: object, memory_format: torch.memory_format | None = None, **kwargs: object) -> "Plain":
         return super().to(*args, **kwargs)

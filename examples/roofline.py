@@ -32,8 +32,8 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import available_cores, prepare_cpu
-from fishnet import model_names
-from flops import Setting, make_step
+from fishnet import create_model, model_names
+from flops import Setting, make_image, make_step
 
 SHOWN = 14  # operators; the others are one row
 
@@ -98,6 +98,14 @@ def table(costs: dict[str, list[float]], steps: int, peak: float, bandwidth: flo
     return lines
 
 
+def setting(name: str, batch_size: int, image_size: int) -> Setting:
+    """A training step as train.py does it on a CPU."""
+    return Setting(
+        name, compile="no", channels_last="yes", mixed_precision="no", checkpoint_activations="no", train=True,
+        batch_size=batch_size, image_size=image_size, device="cpu",
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=model_names())
@@ -111,8 +119,9 @@ def main() -> None:
     prepare_cpu(device)
     torch.set_num_threads(available_cores())
     peak, bandwidth = measure_roofs()
-    side = 224 if args.name.endswith("_imagenet") else 32
-    step = make_step(Setting(args.name, "no", "yes", "no", "no", True, args.batch_size, side, "cpu"), device)
+    with torch.device("meta"):
+        side = make_image(create_model(args.name)).shape[-1]
+    step = make_step(setting(args.name, args.batch_size, side), device)
     step()
     moments = []
     with OperatorCosts() as mode:

@@ -223,11 +223,23 @@ def test_numbers_that_no_run_has_are_refused(checkpoint, tmp_path, key, value):
 
 
 @pytest.mark.parametrize(
-    "change", [{"channels": (2**40,) * 4}, {"tail_depths": (10**9, 1, 1, 1)}, {"k": "2"}, {"odd": 1}, {"k": 3}]
-)
+    "change",
+    [
+        {"channels": (2**40,) * 4}, {"tail_depths": (10**9, 1, 1, 1)}, {"stem_depth": 10**9}, {"k": "2"}, {"odd": 1},
+        {"k": 3}, {"structure": "paper", "stem_stride": 4, "transfer_depths": (10**9, 1, 1, 1, 1, 1)},
+    ],
+)  # fmt: skip
 def test_a_config_that_is_no_network_is_refused(checkpoint, change):
     with pytest.raises(ValueError, match=r"checkpoint: its config does not fit \(.*\)$"):
         load_model(checkpoint | {"config": checkpoint["config"] | change})
+
+
+def test_a_checkpoint_from_before_a_field_means_its_default(checkpoint):
+    """The stem had two bottlenecks before it had a depth, fishnet_tiny's too."""
+    model = create_model("fishnet_tiny", stem_depth=2)
+    config = {name: value for name, value in vars(model.config).items() if name != "stem_depth"}
+    loaded = load_model(checkpoint | {"config": config, "model": model.state_dict()})
+    assert loaded.config == model.config
 
 
 def test_weights_that_do_not_fit_are_named(checkpoint):
