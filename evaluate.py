@@ -217,6 +217,7 @@ def explain(error: RuntimeError | MemoryError, smaller: str, again: str) -> str:
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py on the CPU, its checksums verified; it cannot run code (weights_only).
 
+    Fields of FishNetConfig that an older one lacks have their defaults, which is what its network was.
     ValueError or OSError, naming the file: not there, damaged, or not such a checkpoint.
     """
     path = Path(path)
@@ -249,6 +250,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: wrong or missing: {', '.join(wrong)}; expected a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: format {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
+    checkpoint["config"] = asdict(FishNetConfig()) | checkpoint["config"]
     return checkpoint
 
 
@@ -274,9 +276,8 @@ def check_archive(file: BinaryIO) -> None:
 
 def load_model(checkpoint: dict) -> nn.Module:
     """The checkpoint's model with its weights. ValueError: they do not fit, or are not finite."""
-    weights = checkpoint["model"]
+    config, weights = checkpoint["config"], checkpoint["model"]
     try:
-        config = asdict(FishNetConfig()) | checkpoint["config"]  # an older one lacks newer fields
         if config["num_classes"] != len(checkpoint["classes"]):
             raise ValueError(f"{len(checkpoint['classes'])} classes")
         depths = (config[f"{part}_depths"] for part in ("tail", "body", "head", "transfer"))

@@ -370,11 +370,9 @@ class FishNetConfig:
         if max(self.body_dilations) > 32:
             self._refuse("body_dilations", "at most 32")
         self._check_integers("transfer_depths", 6 if paper else 0, minimum=0)
-        for name in ("k", "in_channels", "num_classes"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                self._refuse(name, "an integer of at least 1")
-        if not _is_int(self.stem_depth) or self.stem_depth < 0:
-            self._refuse("stem_depth", "an integer of at least 0")
+        for name, minimum in {"k": 1, "stem_depth": 0, "in_channels": 1, "num_classes": 1}.items():
+            if not _is_int(getattr(self, name)) or getattr(self, name) < minimum:
+                self._refuse(name, f"an integer of at least {minimum}")
         for name in ("preact", "final_norm"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "True or False")

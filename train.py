@@ -60,7 +60,6 @@ from evaluate import (
     workers_released,
 )
 from fishnet import (
-    FishNetConfig,
     check_weights,
     checkpoint_activations,
     create_model,
@@ -360,7 +359,7 @@ def resume(run: Run, path: Path) -> None:
     ]
     model = run.accelerator.unwrap_model(run.model)
     config = dataclasses.asdict(model.config)
-    theirs = dataclasses.asdict(FishNetConfig()) | checkpoint["config"]  # an older one lacks newer fields
+    theirs = checkpoint["config"]
     changed += [f"{name} {theirs[name]} -> {config[name]}" for name in config if theirs[name] != config[name]]
     there = count_images(run.data)
     if checkpoint.get("images", there) != there:
