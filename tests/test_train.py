@@ -99,6 +99,56 @@ def test_cosine_with_warmup():
     assert max(rates) == rates[10] == 0.4
 
 
+def orthogonalized(x: np.ndarray) -> np.ndarray:
+    """By the singular values themselves."""
+    u, values, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+    values = values / max(np.linalg.norm(values), 1e-12)
+    for _ in range(3):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return u * values @ v
+
+
+@pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
+def test_orthogonalize_is_of_the_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(train.orthogonalize(x), orthogonalized(x.numpy()), rtol=0, atol=1e-5)
+    assert not train.orthogonalize(torch.zeros(shape)).any()
+    if shape != (16, 16):  # whose smallest singular value is too small for three steps
+        values = torch.linalg.svdvals(train.orthogonalize(x))
+        assert values.min() > 0.68 and values.max() < 1.21
+
+
+def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    model = model.to(memory_format=torch.channels_last)
+    args = train.parse_args(["--opt", "muon", "--lr", "0.1", "--weight-decay", "0.5"])
+    optimizer = train.make_optimizer(args, model)
+    conv, linear, biases = model[0].weight, model[3].weight, [model[0].bias, model[3].bias]
+    twins = [b.detach().clone().requires_grad_() for b in biases]
+    sgd = torch.optim.SGD(twins, 0.1, 0.9, nesterov=True)
+    weights = [w.detach().numpy().astype(np.float64).reshape(len(w), -1) for w in (conv, linear)]
+    momenta = [np.zeros_like(w) for w in weights]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 3, 3)).square().sum().backward()
+        for twin, bias in zip(twins, biases):
+            twin.grad = bias.grad.clone()
+        for i, parameter in enumerate((conv, linear)):
+            gradient = parameter.grad.numpy().reshape(weights[i].shape)
+            momenta[i] = 0.9 * momenta[i] + gradient
+            step = gradient + 0.9 * momenta[i]
+            if parameter is conv:
+                step = orthogonalized(step) * (32 / 27) ** 0.5
+            weights[i] = weights[i] * (1 - 0.1 * 0.5) - 0.1 * step
+        optimizer.step()
+        sgd.step()
+    for parameter, expected in zip((conv, linear), weights):
+        np.testing.assert_allclose(parameter.detach().numpy().reshape(expected.shape), expected, rtol=0, atol=1e-4)
+    for bias, twin in zip(biases, twins):
+        torch.testing.assert_close(bias, twin)
+
+
 def test_a_run_and_its_files(run_train, tmp_path):
     out = run_train(tmp_path / "run", "--epochs", "2")
     numbers = r"\d+\.\d{3} +\d+\.\d\d%"
@@ -137,10 +187,12 @@ def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
     assert norms == {"gradient_norm/tail", "gradient_norm/head"}
 
 
-def test_resume_after_max_steps_is_exact(run_train, tmp_path, steps=9):  # in the middle of an epoch
-    run_train(tmp_path / "whole", "--epochs", "3")
-    run_train(tmp_path / "parts", "--epochs", "3", "--max-steps", str(steps))
-    out = run_train(tmp_path / "parts", "--epochs", "3", "--resume", "auto")
+@pytest.mark.parametrize("opt", ["sgd", "muon"])
+def test_resume_after_max_steps_is_exact(run_train, tmp_path, opt, steps=9):  # in the middle of an epoch
+    flags = "--epochs", "3", "--opt", opt
+    run_train(tmp_path / "whole", *flags)
+    run_train(tmp_path / "parts", *flags, "--max-steps", str(steps))
+    out = run_train(tmp_path / "parts", *flags, "--resume", "auto")
     assert f"at step {steps}, epoch {steps // 6 + 1}" in out
     for name in ("last.pt", "best.pt"):
         assert_same(load(tmp_path / "whole" / name), load(tmp_path / "parts" / name))
