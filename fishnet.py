@@ -317,7 +317,8 @@ class FishNetConfig:
     after T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts; 0 leaves a convolution, with
     BN-ReLU unless preact. stem_stride: of the first 3x3 convolution. final_norm: BN-ReLU before the last pool.
     in_channels: of the images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2,
-    1 to 32.
+    1 to 32. transfer_depths: residual units of the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as
+    it is; empty for [S]'s, one M each.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units
@@ -369,7 +370,8 @@ class FishNetConfig:
         self._check_integers("body_dilations", 3, minimum=1)
         if max(self.body_dilations) > 32:
             self._refuse("body_dilations", "at most 32")
-        self._check_integers("transfer_depths", 6 if paper else 0, minimum=0)
+        if paper or self.transfer_depths:
+            self._check_integers("transfer_depths", 6 if paper else 7, minimum=0)
         for name, minimum in {"k": 1, "stem_depth": 0, "in_channels": 1, "num_classes": 1}.items():
             if not _is_int(getattr(self, name)) or getattr(self, name) < minimum:
                 self._refuse(name, f"an integer of at least {minimum}")
@@ -385,7 +387,7 @@ class FishNetConfig:
             }.items():  # fmt: skip
                 if getattr(self, name) != value:
                     self._refuse(name, f"{value!r} in the structure 'paper'")
-        for name in ("k", "bridge", "body_dilations") if tail_only else ():
+        for name in ("k", "bridge", "body_dilations", "transfer_depths") if tail_only else ():
             if getattr(self, name) != getattr(FishNetConfig, name):
                 self._refuse(name, f"{getattr(FishNetConfig, name)!r} for a tail alone, which has no use for another")
         if not tail_only:
@@ -558,8 +560,9 @@ class FishNetFPN(nn.Module):
 def make_stage(config: FishNetConfig, i: int) -> Stage:
     """Stage i of B4 B3 B2 H1 H2 H3 H4 (0 ... 6).
 
-    [S]: regular residual units, the first of them dilated; the transfer block is one M; M refines once. [O]: no regular
-    units; the transfer block is residual units; M and further residual units refine, all of them dilated.
+    [S]: regular residual units, the first of them dilated; the transfer block is one M, unless transfer_depths says how
+    many residual units; M refines once. [O]: no regular units; the transfer block is residual units; M and further
+    residual units refine, all of them dilated.
     """
     trunk, skip = (widths[i] for widths in channel_plan(config.channels, config.k, config.structure))
     resample = nn.Upsample(scale_factor=2) if i < 3 else nn.MaxPool2d(2)
@@ -571,6 +574,8 @@ def make_stage(config: FishNetConfig, i: int) -> Stage:
     if config.structure == "slides":
         regular = residual_units(trunk, trunk, depths[i], config.preact, dilation)
         transfer = bottleneck(skip, skip, config.preact)
+        if config.transfer_depths:
+            transfer = residual_units(skip, skip, config.transfer_depths[i], config.preact)
         return Stage(regular, transfer, Refine(trunk + skip, k, config.preact), resample)
 
     refine = nn.Sequential()

@@ -59,7 +59,7 @@ def fill(model):
 
 def reference(
     x, channels, tail, body, head, k=2, preact=True, stem_stride=1, final_norm=False, num_classes=10,
-    tail_shortcut="conv", bridge="se", stem_depth=2, body_dilations=(1, 2, 4),
+    tail_shortcut="conv", bridge="se", stem_depth=2, body_dilations=(1, 2, 4), transfer=(),
 ):  # fmt: skip
     """Train-mode logits of the slides' networks, written straight down; it makes its weights when it meets a shape."""
     c1, c2, c3, c4 = channels
@@ -93,8 +93,10 @@ def reference(
             x = activate_sum(shortcut + m(x, out, dilation if i == 0 else 1))
         return x
 
-    def cat(trunk, skip, depth, dilation=1):
-        return torch.cat([units(trunk, trunk.shape[1], depth, dilation), m(skip, skip.shape[1])], 1)
+    def cat(trunk, skip, stage):
+        trunk = units(trunk, trunk.shape[1], (*body, *head)[stage], (*body_dilations, 1, 1, 1, 1)[stage])
+        width = skip.shape[1]
+        return torch.cat([trunk, units(skip, width, transfer[stage]) if transfer else m(skip, width)], 1)
 
     def up(x):
         x = m(x, x.shape[1] // k) + sum(x[:, j::k] for j in range(k))
@@ -128,13 +130,13 @@ def reference(
         y = m(x, c4)
         squeezed = conv(y.mean((2, 3), keepdim=True), c4 // 16).relu()
         x = activate_sum(x + y * conv(squeezed, c4).sigmoid())
-    b4 = cat(x, x4, body[0], body_dilations[0])
-    b3 = cat(up(b4), x3, body[1], body_dilations[1])
-    b2 = cat(up(b3), x2, body[2], body_dilations[2])
-    h1 = cat(up(b2), x1, head[0])
-    h2 = cat(down(h1), b2, head[1])
-    h3 = cat(down(h2), b3, head[2])
-    h4 = cat(down(h3), x4, head[3])
+    b4 = cat(x, x4, 0)
+    b3 = cat(up(b4), x3, 1)
+    b2 = cat(up(b3), x2, 2)
+    h1 = cat(up(b2), x1, 3)
+    h2 = cat(down(h1), b2, 4)
+    h3 = cat(down(h2), b3, 5)
+    h4 = cat(down(h3), x4, 6)
     x = average(m(h4, h4.shape[1]) + h4)
     return x @ weight(num_classes, x.shape[1]).T
 
@@ -159,6 +161,8 @@ CASES = {
     "repeat, doubled": {"tail_shortcut": "repeat", "channels": (8, 16, 32, 64)},
     "no bridge": {"bridge": "none"},
     "other dilations": {"body_dilations": (3, 1, 2)},
+    "transfer blocks of units": {"transfer": (1, 0, 2, 1, 0, 1, 3)},
+    "nothing in transfer blocks, post-activation": {"transfer": (0,) * 7, "preact": False},
     "direct, post-activation": {"tail_shortcut": "repeat", "bridge": "none", "preact": False},
     "resnet, final norm": {"tail": (1, 1, 1, 1), "body": (), "head": (), "final_norm": True},
     "grey": {"in_channels": 1},
@@ -170,7 +174,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_any_configuration_is_the_reference(case):
     config = {"channels": (8, 18, 24, 32), **DEPTHS, **CASES[case]}
-    overrides = {f"{name}_depths" if name in DEPTHS else name: value for name, value in config.items()}
+    depths = (*DEPTHS, "transfer")
+    overrides = {f"{name}_depths" if name in depths else name: value for name, value in config.items()}
     images = torch.from_numpy(normal(3, config.pop("in_channels", 3), *[16 * config.get("stem_stride", 1)] * 2))
     expected = reference(images, **config)
     logits = fill(create_model("fishnet99", **overrides)).train()(images)
@@ -319,7 +324,7 @@ def test_weights_at_the_start():
         ("body_dilations", (1, 2), "3 integers"),
         ("body_dilations", (1, 2, 0), "at least 1"),
         ("body_dilations", (1, 2, 33), "at most 32"),
-        ("transfer_depths", (1, 1, 1, 1, 1, 1), "0 integers"),
+        ("transfer_depths", (1, 1, 1, 1, 1, 1), "7 integers"),
     ],
 )
 def test_a_wrong_field_is_named(field, value, expected):
@@ -329,7 +334,10 @@ def test_a_wrong_field_is_named(field, value, expected):
     assert message.startswith(f"{field}={value!r}: expected ") and expected in message and "\n" not in message
 
 
-@pytest.mark.parametrize(("field", "value"), [("k", 4), ("bridge", "none"), ("body_dilations", (1, 1, 1))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("k", 4), ("bridge", "none"), ("body_dilations", (1, 1, 1)), ("transfer_depths", (0,) * 7)],
+)
 def test_a_tail_alone_refuses_fields_of_the_body(field, value):
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: expected ") + ".* for a tail alone"):
         create_model("resnet50", **{field: value})
