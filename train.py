@@ -666,15 +666,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam and SGD penalise all weights as the slides have it; AdamW and Muon leave biases and batch norm undecayed."""
+    """Adam and SGD penalise all weights as in the slides; AdamW decays matrices, Muon those that it orthogonalizes."""
     if args.opt == "adam":
         return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.opt == "sgd":
         return torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, nesterov=True)
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW if args.opt == "adamw" else Muon
+    optimizer, least = (torch.optim.AdamW, 2) if args.opt == "adamw" else (Muon, 4)
+    decayed = [p for p in model.parameters() if p.ndim >= least]
+    others = [p for p in model.parameters() if p.ndim < least]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return optimizer(groups, args.lr, weight_decay=args.weight_decay)
 
 

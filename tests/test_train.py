@@ -140,7 +140,8 @@ def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
             step = gradient + 0.9 * momenta[i]
             if parameter is conv:
                 step = orthogonalized(step) * (32 / 27) ** 0.5
-            weights[i] = weights[i] * (1 - 0.1 * 0.5) - 0.1 * step
+                weights[i] *= 1 - 0.1 * 0.5
+            weights[i] = weights[i] - 0.1 * step
         optimizer.step()
         sgd.step()
     for parameter, expected in zip((conv, linear), weights):
