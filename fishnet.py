@@ -573,9 +573,10 @@ def make_stage(config: FishNetConfig, i: int) -> Stage:
     depths = (*config.body_depths, *config.head_depths)
     if config.structure == "slides":
         regular = residual_units(trunk, trunk, depths[i], config.preact, dilation)
-        transfer = bottleneck(skip, skip, config.preact)
         if config.transfer_depths:
             transfer = residual_units(skip, skip, config.transfer_depths[i], config.preact)
+        else:
+            transfer = bottleneck(skip, skip, config.preact)
         return Stage(regular, transfer, Refine(trunk + skip, k, config.preact), resample)
 
     refine = nn.Sequential()
@@ -663,11 +664,11 @@ CONFIGS = {
     # [S]'s improvements: with them the tail, too, has no convolution outside a branch.
     "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),
-    # Ours, for two CPU cores: a quarter of the pixels, and no M in the stem, where nothing would go round the quarter
-    # of the width that M works in. Per second of training a deeper tail gains more than regular units in body and head.
+    # Ours, for two CPU cores: a quarter of the pixels; no M without a shortcut round it, in stem and transfer blocks,
+    # since M works in a quarter of the width. Per second of training a deeper tail gains more than regular units.
     "fishnet_tiny": FishNetConfig(
         channels=(64, 64, 128, 256), tail_depths=(2, 3, 3, 2), body_depths=(0, 0, 0), head_depths=(0, 0, 0, 0), k=4,
-        stem_depth=0, stem_stride=2, final_norm=True,
+        transfer_depths=(0, 0, 0, 0, 0, 0, 0), stem_depth=0, stem_stride=2, final_norm=True,
     ),
     # [O]
     "fishnet99_imagenet": FishNetConfig(

@@ -56,7 +56,7 @@ def fresh_accelerate():
     GradientState._reset_state()
 
 
-# A network of 15,000 parameters, and how it is trained where only the bits of a run matter.
+# A network of 11,000 parameters, and how it is trained where only the bits of a run matter.
 TINY = ["--model-args", "channels=(4,4,4,16)", "k=2", "-b", "16"]
 SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2", "--opt", "sgd", "--lr", "0.02"]
 

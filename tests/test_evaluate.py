@@ -226,7 +226,8 @@ def test_numbers_that_no_run_has_are_refused(checkpoint, tmp_path, key, value):
     "change",
     [
         {"channels": (2**40,) * 4}, {"tail_depths": (10**9, 1, 1, 1)}, {"stem_depth": 10**9}, {"k": "2"}, {"odd": 1},
-        {"k": 3}, {"structure": "paper", "stem_stride": 4, "transfer_depths": (10**9, 1, 1, 1, 1, 1)},
+        {"k": 3}, {"transfer_depths": (10**9,) * 7},
+        {"structure": "paper", "stem_stride": 4, "transfer_depths": (10**9, 1, 1, 1, 1, 1)},
     ],
 )  # fmt: skip
 def test_a_config_that_is_no_network_is_refused(checkpoint, change):

@@ -185,8 +185,10 @@ def test_any_configuration_is_the_reference(case):
 
 def test_fishnet_tiny_is_the_reference():
     images = torch.from_numpy(normal(2, 3, 32, 48))  # not square
-    depths = (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0)
-    expected = reference(images, (64, 64, 128, 256), *depths, k=4, stem_depth=0, stem_stride=2, final_norm=True)
+    expected = reference(
+        images, (64, 64, 128, 256), (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0), k=4, transfer=(0,) * 7, stem_depth=0,
+        stem_stride=2, final_norm=True,
+    )  # fmt: skip
     torch.testing.assert_close(fill(create_model("fishnet_tiny")).train()(images), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -406,7 +408,7 @@ def test_images_that_do_not_fit(name, shape, fragments):
 @pytest.mark.parametrize("preact", [True, False])
 def test_body_and_head_have_no_convolution_in_the_way(preact):
     """With every M of body and head silent, what the tail found still arrives: summed, copied, pooled, concatenated."""
-    model = create_model("fishnet_tiny", preact=preact, final_norm=False)
+    model = create_model("fishnet_tiny", preact=preact, final_norm=False, transfer_depths=())
     for module in (*model.body.modules(), *model.head.modules()):
         if hasattr(module, "conv3"):
             nn.init.zeros_(module.conv3.weight)

@@ -86,6 +86,8 @@ def test_baseline_is_the_slides_experiment():
     assert (args.opt, args.lr, args.weight_decay) == ("adam", 1e-2, 1e-4)
     assert (args.val_fraction, args.augment) == (0.2, "slides")
     assert train.parse_args(["--recipe", "demo", "--lr", "3"]).lr == 3
+    strong = train.parse_args(["--recipe", "strong"])
+    assert (strong.opt, strong.lr, strong.weight_decay) == ("muon", 0.05, 0.05)
     # a tenth every 30 epochs
     rates = [train.learning_rate(args, epoch * 156, 156) for epoch in (0, 29, 30, 59, 60, 99)]
     np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-5])
@@ -120,34 +122,30 @@ def test_orthogonalize_is_of_the_singular_values(shape):
 
 def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
-    model = model.to(memory_format=torch.channels_last)
-    args = train.parse_args(["--opt", "muon", "--lr", "0.1", "--weight-decay", "0.5"])
-    optimizer = train.make_optimizer(args, model)
-    conv, linear, biases = model[0].weight, model[3].weight, [model[0].bias, model[3].bias]
-    twins = [b.detach().clone().requires_grad_() for b in biases]
+    convs = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 1)  # tall, wide, 1 x 1
+    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(256, 4)).to(memory_format=torch.channels_last)
+    optimizer = train.make_optimizer(train.parse_args(["--opt", "muon", "--lr", "0.1", "--weight-decay", "0.5"]), model)
+    convs = [p for p in model.parameters() if p.ndim == 4]
+    others = [p for p in model.parameters() if p.ndim != 4]
+    twins = [p.detach().clone().requires_grad_() for p in others]
     sgd = torch.optim.SGD(twins, 0.1, 0.9, nesterov=True)
-    weights = [w.detach().numpy().astype(np.float64).reshape(len(w), -1) for w in (conv, linear)]
-    momenta = [np.zeros_like(w) for w in weights]
+    expected = [p.detach().numpy().astype(np.float64).reshape(len(p), -1) for p in convs]
+    momenta = [0.0] * 3
     for _ in range(3):
         optimizer.zero_grad()
-        model(torch.randn(2, 3, 3, 3)).square().sum().backward()
-        for twin, bias in zip(twins, biases):
-            twin.grad = bias.grad.clone()
-        for i, parameter in enumerate((conv, linear)):
-            gradient = parameter.grad.numpy().reshape(weights[i].shape)
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        for i, scale in enumerate(((32 / 27) ** 0.5, 1, 2**0.5)):
+            gradient = convs[i].grad.numpy().reshape(expected[i].shape)
             momenta[i] = 0.9 * momenta[i] + gradient
-            step = gradient + 0.9 * momenta[i]
-            if parameter is conv:
-                step = orthogonalized(step) * (32 / 27) ** 0.5
-                weights[i] *= 1 - 0.1 * 0.5
-            weights[i] = weights[i] - 0.1 * step
+            update = scale * orthogonalized(gradient + 0.9 * momenta[i])
+            expected[i] = expected[i] * (1 - 0.1 * 0.5) - 0.1 * update
+        for twin, parameter in zip(twins, others):
+            twin.grad = parameter.grad.clone()
         optimizer.step()
         sgd.step()
-    for parameter, expected in zip((conv, linear), weights):
-        np.testing.assert_allclose(parameter.detach().numpy().reshape(expected.shape), expected, rtol=0, atol=1e-4)
-    for bias, twin in zip(biases, twins):
-        torch.testing.assert_close(bias, twin)
+    for parameter, matrix in zip(convs, expected):
+        np.testing.assert_allclose(parameter.detach().numpy().reshape(matrix.shape), matrix, rtol=0, atol=1e-4)
+    torch.testing.assert_close(others, twins)
 
 
 def test_a_run_and_its_files(run_train, tmp_path):
@@ -182,7 +180,7 @@ def test_a_run_and_its_files(run_train, tmp_path):
 
 
 def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
-    fields = "body_depths=()", "head_depths=()", "k=2", "final_norm=True"
+    fields = "body_depths=()", "head_depths=()", "transfer_depths=()", "k=2", "final_norm=True"
     run_train(tmp_path / "run", "--max-steps", "1", "--log-every", "1", "--model-args", *fields)
     norms = {tag for tag in EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"] if "gradient" in tag}
     assert norms == {"gradient_norm/tail", "gradient_norm/head"}
@@ -216,7 +214,8 @@ def test_resume_from_every_step_is_exact(run_train, tiny_dir, tmp_path, monkeypa
 
 
 def test_resume_of_two_processes_is_exact(tiny_dir, tmp_path):
-    flags = [*SMALL, *TINY, "-b", "20", "--data-dir", tiny_dir, "--epochs", "2", "--checkpoint-every", "1"]
+    flags = [*SMALL, *TINY, "-b", "20", "--opt", "muon", "--data-dir", tiny_dir, "--epochs", "2"]
+    flags += ["--checkpoint-every", "1"]
     (tmp_path / "script.py").write_text(f"""
 import sys
 from pathlib import Path
@@ -285,7 +284,7 @@ def test_pretrained_weights_are_where_a_run_starts(run_train, tmp_path):
 def test_override_takes_the_new_flags_and_refuses_another_optimizer(run_train, tmp_path):
     run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "2")
     flags = ("--epochs", "2", "--resume", "auto", "--max-steps", "3", "--override")
-    with pytest.raises(SystemExit, match="its optimizer is sgd, and --override cannot change that"):
+    with pytest.raises(SystemExit, match=r"opt sgd -> adam\): give its flags, --override cannot change an optimizer"):
         run_train(tmp_path / "run", *flags, "--opt", "adam")
     run_train(tmp_path / "run", *flags, "--weight-decay", "0.125")
     assert load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.125
@@ -307,7 +306,8 @@ def test_checkpoint_inside_an_epoch(run_train, tmp_path, monkeypatch):
 
 
 def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, tmp_path, monkeypatch):
-    flags = "--epochs", "2", "--model-args", "body_depths=()", "head_depths=()", "k=2", "tail_depths=(1, 1, 1, 0)"
+    tail = "body_depths=()", "head_depths=()", "transfer_depths=()", "k=2", "tail_depths=(1, 1, 1, 0)"
+    flags = "--epochs", "2", "--model-args", *tail
     run_train(tmp_path / "eager", *flags)
     in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: in_place(model, backend="eager"))  # minutes less
