@@ -140,7 +140,7 @@ def test_tta_averages_an_image_and_its_mirror_image(checkpoint, cifar_dir, tmp_p
     with torch.no_grad():
         logits = (model(x) + model(x[..., list(range(31, -1, -1))])) / 2
     loss = -logits.double().log_softmax(1)[range(37), test.labels].mean().item()
-    assert float(re.search(r"loss (\S+)", out)[1]) == pytest.approx(loss, abs=1e-4)
+    assert float(re.search(r"loss (\S+)", out)[1]) == pytest.approx(loss, rel=1e-6, abs=1e-4)
     errors = (logits.argmax(1) != test.labels).double().mean().item()
     assert float(re.search(r"top-1 error (\S+)%", out)[1]) == pytest.approx(100 * errors, abs=0.01)
 
