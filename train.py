@@ -85,7 +85,7 @@ RECIPES = {
     ),
     "demo": dict(
         dataset="shapes", model="fishnet_tiny", val_fraction=0.2, augment="none", epochs=5, batch_size=64,
-        opt="sgd", lr=0.1, weight_decay=5e-4, sched="cosine", warmup_epochs=0.5, smoothing=0.0, patience=0,
+        opt="muon", lr=0.05, weight_decay=0.05, sched="cosine", warmup_epochs=0.5, smoothing=0.0, patience=0,
         zero_init_last=True, model_args={},
     ),
 }  # fmt: skip

@@ -58,7 +58,8 @@ def fresh_accelerate():
 
 # A network of 11,000 parameters, and how it is trained where only the bits of a run matter.
 TINY = ["--model-args", "channels=(4,4,4,16)", "k=2", "-b", "16"]
-SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2", "--opt", "sgd", "--lr", "0.02"]
+SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2"]
+SMALL += ["--opt", "sgd", "--lr", "0.02", "--weight-decay", "5e-4"]
 
 
 ROOT = Path(__file__).parent.parent
