@@ -16,8 +16,10 @@ import collections
 import contextlib
 import functools
 import math
+import os
 import pickletools
 import re
+import signal
 import socket
 import sys
 import time
@@ -166,6 +168,19 @@ def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Te
 def one_line(error: Exception) -> str:
     """The first line of what an error says, or its kind where it says nothing: the libraries' errors may be long."""
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Around a program: once nobody reads its output, as after `| head`, it ends as SIGPIPE would end it, silently."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
@@ -974,4 +989,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reader_may_leave():
+        main()

@@ -43,6 +43,7 @@ from data import (
     one_line,
     parse_pickle,
     read_image,
+    reader_may_leave,
 )
 from fishnet import FishNetConfig, check_weights, create_model
 
@@ -443,4 +444,5 @@ def leave(accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reader_may_leave():
+        main()

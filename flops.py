@@ -74,7 +74,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import one_line
+from data import one_line, reader_may_leave
 from evaluate import available_cores, prepare_cpu
 from fishnet import (
     FishNet,
@@ -529,4 +529,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reader_may_leave():
+        main()

@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
-from data import BatchTransform, EpochBatches, one_line, seeded_generator
+from data import BatchTransform, EpochBatches, one_line, reader_may_leave, seeded_generator
 from evaluate import (
     CHECKPOINT_FORMAT,
     Metrics,
@@ -824,4 +824,5 @@ def advice(args: argparse.Namespace) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    with reader_may_leave():
+        main()

@@ -238,3 +238,15 @@ def test_skipped_steps_of_fp16_are_bounded(run_train, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Accelerator, "optimizer_step_was_skipped", True)
     with pytest.raises(SystemExit, match="21 steps in a row overflowed fp16"):
         run_train(tmp_path / "run", "--epochs", "9", "--augment", "none")
+
+
+@pytest.mark.parametrize("command", ("data.py --dataset shapes --stats", "flops.py fishnet_tiny"))
+def test_a_program_whose_reader_has_left_ends_like_one_that_sigpipe_ended(command):
+    """As after `| head`, with no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
