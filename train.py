@@ -631,10 +631,14 @@ def orthogonalize(x: Tensor) -> Tensor:
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the products are of the shorter side
     x = x / x.norm().clamp(min=1e-12)
+    # Each step is a product of x with a polynomial of x x^T, all of which commute: only the last product is with x.
+    gram, product = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)  # (M, M)
     for _ in range(3):
-        gram = x @ x.T  # (M, M)
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x
+        factor = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
