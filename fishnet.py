@@ -667,7 +667,7 @@ CONFIGS = {
     # Ours, for two CPU cores: a quarter of the pixels; no M without a shortcut round it, in stem and transfer blocks,
     # since M works in a quarter of the width. Per second of training a deeper tail gains more than regular units.
     "fishnet_tiny": FishNetConfig(
-        channels=(64, 64, 128, 256), tail_depths=(2, 3, 3, 2), body_depths=(0, 0, 0), head_depths=(0, 0, 0, 0), k=4,
+        channels=(64, 128, 256, 256), tail_depths=(2, 3, 3, 2), body_depths=(0, 0, 0), head_depths=(0, 0, 0, 0), k=8,
         transfer_depths=(0, 0, 0, 0, 0, 0, 0), stem_depth=0, stem_stride=2, final_norm=True,
     ),
     # [O]

@@ -79,13 +79,13 @@ RECIPES = {
     # final_norm: the slides' pooled features reach a squared norm of 10^4 and more, where SGD at 0.1 (and with a decay
     # of 5e-4) diverges.
     "strong": dict(
-        dataset="cifar10", model="fishnet99", val_fraction=0.1, augment="standard", epochs=30, batch_size=128,
-        opt="muon", lr=0.05, weight_decay=0.05, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
+        dataset="cifar10", model="fishnet99", val_fraction=0.1, augment="standard", epochs=30, batch_size=256,
+        opt="muon", lr=0.05, weight_decay=0.01, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
         zero_init_last=True, model_args={"final_norm": True},
     ),
     "demo": dict(
         dataset="shapes", model="fishnet_tiny", val_fraction=0.2, augment="none", epochs=5, batch_size=64,
-        opt="muon", lr=0.05, weight_decay=0.05, sched="cosine", warmup_epochs=0.5, smoothing=0.0, patience=0,
+        opt="muon", lr=0.05, weight_decay=0.01, sched="cosine", warmup_epochs=0.5, smoothing=0.0, patience=0,
         zero_init_last=True, model_args={},
     ),
 }  # fmt: skip

@@ -60,7 +60,7 @@ def make_model(variant: str) -> FishNet | ResNet:
 def flags_of(variant: str, seed: int, flags: list[str]) -> list[str]:
     """train.py's flags that a run's result depends on."""
     return [
-        "--recipe", "strong", "--model", "fishnet99", "--epochs", "2", "--warmup-epochs", "0.3",
+        "--recipe", "strong", "--model", "fishnet99", "--epochs", "2", "--warmup-epochs", "0.3", "--batch-size", "128",
         "--val-fraction", "0.4", "--seed", str(seed), "--opt", "sgd", "--lr", "0.1", "--weight-decay", "5e-4",
         "--model-args", *(f"{name}={value!r}" for name, value in (NETWORK | VARIANTS[variant]).items()), *flags,
     ]  # fmt: skip

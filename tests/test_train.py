@@ -87,7 +87,7 @@ def test_baseline_is_the_slides_experiment():
     assert (args.val_fraction, args.augment) == (0.2, "slides")
     assert train.parse_args(["--recipe", "demo", "--lr", "3"]).lr == 3
     strong = train.parse_args(["--recipe", "strong"])
-    assert (strong.opt, strong.lr, strong.weight_decay) == ("muon", 0.05, 0.05)
+    assert (strong.opt, strong.lr, strong.weight_decay) == ("muon", 0.05, 0.01)
     # a tenth every 30 epochs
     rates = [train.learning_rate(args, epoch * 156, 156) for epoch in (0, 29, 30, 59, 60, 99)]
     np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-5])
@@ -261,7 +261,7 @@ def test_model_args_reach_the_network_and_a_run_is_bound_to_them(run_train, tmp_
     run_train(tmp_path / "run", *flags, "--max-steps", "1")
     config = load(tmp_path / "run" / "last.pt")["config"]
     assert (config["k"], config["bridge"], config["channels"]) == (2, "none", (32, 32, 64, 64))
-    with pytest.raises(SystemExit, match=r"another run \(channels \(32, .* -> \(64, .*, k 2 -> 4, bridge none -> se\)"):
+    with pytest.raises(SystemExit, match=r"another run \(channels \(32, .* -> \(64, .*, k 2 -> 8, bridge none -> se\)"):
         run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
     out = run_train(tmp_path / "run", *flags, "--max-steps", "2", "--resume", "auto")
     assert "at step 1" in out
