@@ -14,6 +14,7 @@ epoch, index), a batch's augmentation from (seed, epoch, step, shard), so a run 
 import argparse
 import collections
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -172,15 +173,22 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Around a program: once nobody reads its output, as after `| head`, it ends as SIGPIPE would end it, silently."""
+    """Around a program: once nobody reads its output, as after `| head`, it ends as SIGPIPE would end it, silently.
+
+    Where a disk is too full for its output, it ends with one line.
+    """
     try:
         try:
             yield
         finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
+            if sys.stdout:  # None where it was closed from the start
+                sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its exit
-        sys.exit(128 + signal.SIGPIPE)
+        left = error.errno == errno.EPIPE
+        sys.exit(128 + signal.SIGPIPE if left else f"{Path(sys.argv[0]).name}: standard output: {error.strerror}")
 
 
 def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:

@@ -561,16 +561,13 @@ def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float, data_
 
 
 def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
-    """A line on the terminal, a row of metrics.csv, the validation's curves."""
+    """A row of metrics.csv, the validation's curves."""
     run.state.history.append(row)
     if not run.accelerator.is_main_process:
         return
-    line = f"epoch {row['epoch']:>3}/{run.args.epochs}  train {row['train_loss']:.3f} {row['train_top1_error']:6.2%}"
     if val:
-        line += f"  val {val.loss:.3f} {val.top1_error:6.2%} ({val.top5_error:.2%})"
         for name in ("loss", "top1_error", "top5_error"):
             run.writer.add_scalar(f"val/{name}", getattr(val, name), row["step"])
-    print(f"{line}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s", flush=True)
     run.writer.flush()
     text = io.StringIO(newline="")
     columns = dict.fromkeys(name for row in run.state.history for name in row)
@@ -578,6 +575,14 @@ def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
     table.writeheader()
     table.writerows(run.state.history)
     write_atomic(run.output_dir / "metrics.csv", text.getvalue().encode())
+
+
+def epoch_line(row: dict[str, float], epochs: int) -> str:
+    """What the terminal shows of a row of metrics.csv."""
+    line = f"epoch {row['epoch']:>3}/{epochs}  train {row['train_loss']:.3f} {row['train_top1_error']:6.2%}"
+    if "val_loss" in row:
+        line += f"  val {row['val_loss']:.3f} {row['val_top1_error']:6.2%} ({row['val_top5_error']:.2%})"
+    return f"{line}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s"
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
@@ -771,6 +776,7 @@ def run_epochs(run: Run) -> None:
             save(run, "best.pt")
         if whole:
             save(run, "last.pt")
+        run.accelerator.print(epoch_line(row, run.args.epochs), flush=True)  # all is saved if its reader has left
         if number := run.stop.agreed(run.accelerator):
             leave_on_signal(run, number)  # all is saved
 

@@ -240,13 +240,37 @@ def test_skipped_steps_of_fp16_are_bounded(run_train, tmp_path, monkeypatch):
         run_train(tmp_path / "run", "--epochs", "9", "--augment", "none")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full disk")
 @pytest.mark.parametrize("command", ("data.py --dataset shapes --stats", "flops.py fishnet_tiny"))
-def test_a_program_whose_reader_has_left_ends_like_one_that_sigpipe_ended(command):
-    """As after `| head`, with no traceback."""
-    reader, writer = os.pipe()
+def test_output_that_cannot_be_written_ends_a_program_without_a_traceback(command):
+    """A reader that has left, as after `| head`; a full disk; no output at all."""
+    reader, gone = os.pipe()
     os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    program = command.split()[0]
+    for output, code, line in (
+        (gone, 128 + signal.SIGPIPE, ""), (full, 1, f"{program}: standard output: No space left on device\n"),
+    ):  # fmt: skip
+        ended = subprocess.run(
+            [sys.executable, *command.split()], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
+        )
+        os.close(output)
+        assert (ended.returncode, ended.stderr) == (code, line)
+    closed = ["sh", "-c", f"{sys.executable} {command} >&-"]
+    assert subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE).stderr == b""
+
+
+def test_an_epoch_is_saved_before_it_is_printed(cifar_dir, tmp_path):
+    """Its line is the first that leaves the buffer; nobody reads it, and the run ends."""
+    reader, gone = os.pipe()
+    os.close(reader)
+    flags = ["--data-dir", cifar_dir, "--output-dir", tmp_path / "run", "--epochs", "3", *TINY]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     ended = subprocess.run(
-        [sys.executable, *command.split()], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
-    )
-    os.close(writer)
-    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+        [sys.executable, "train.py", *SMALL, *flags], cwd=ROOT, env=environment | {"ACCELERATE_USE_CPU": "true"},
+        stdout=gone, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(gone)
+    assert ended.returncode == 128 + signal.SIGPIPE and "Traceback" not in ended.stderr
+    assert load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2
