@@ -49,7 +49,6 @@ import data as datasets
 from data import BatchTransform, EpochBatches, one_line, reader_may_leave, seeded_generator
 from evaluate import (
     CHECKPOINT_FORMAT,
-    Metrics,
     count_images,
     evaluate,
     explain,
@@ -560,14 +559,14 @@ def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float, data_
             run.writer.add_scalar(name, value, run.state.step)
 
 
-def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
+def log_epoch(run: Run, row: dict[str, float]) -> None:
     """A row of metrics.csv, the validation's curves."""
     run.state.history.append(row)
     if not run.accelerator.is_main_process:
         return
-    if val:
-        for name in ("loss", "top1_error", "top5_error"):
-            run.writer.add_scalar(f"val/{name}", getattr(val, name), row["step"])
+    for name in ("loss", "top1_error", "top5_error"):
+        if f"val_{name}" in row:
+            run.writer.add_scalar(f"val/{name}", row[f"val_{name}"], row["step"])
     run.writer.flush()
     text = io.StringIO(newline="")
     columns = dict.fromkeys(name for row in run.state.history for name in row)
@@ -770,7 +769,7 @@ def run_epochs(run: Run) -> None:
             if not math.isfinite(val.loss):
                 raise FloatingPointError(f"the validation loss is not finite after step {state.step}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
-        log_epoch(run, row, val)
+        log_epoch(run, row)
         if (whole or not state.best_epoch) and (not val or val.loss < state.best_loss):
             state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
             save(run, "best.pt")

@@ -240,37 +240,38 @@ def test_skipped_steps_of_fp16_are_bounded(run_train, tmp_path, monkeypatch):
         run_train(tmp_path / "run", "--epochs", "9", "--augment", "none")
 
 
+@pytest.fixture
+def broken_pipe():
+    """The end to write to of a pipe whose reader has left, as after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full disk")
 @pytest.mark.parametrize("command", ("data.py --dataset shapes --stats", "flops.py fishnet_tiny"))
-def test_output_that_cannot_be_written_ends_a_program_without_a_traceback(command):
-    """A reader that has left, as after `| head`; a full disk; no output at all."""
-    reader, gone = os.pipe()
-    os.close(reader)
-    full = os.open("/dev/full", os.O_WRONLY)
-    program = command.split()[0]
-    for output, code, line in (
-        (gone, 128 + signal.SIGPIPE, ""), (full, 1, f"{program}: standard output: No space left on device\n"),
-    ):  # fmt: skip
-        ended = subprocess.run(
-            [sys.executable, *command.split()], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
-        )
-        os.close(output)
-        assert (ended.returncode, ended.stderr) == (code, line)
+def test_output_that_cannot_be_written_ends_a_program_without_a_traceback(command, broken_pipe):
+    """A reader that has left; a full disk; no output at all."""
+    full = f"{command.split()[0]}: standard output: No space left on device\n"
+    with open("/dev/full", "w") as full_disk:
+        for output, code, line in ((broken_pipe, 128 + signal.SIGPIPE, ""), (full_disk, 1, full)):
+            ended = subprocess.run(
+                [sys.executable, *command.split()], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
+            )
+            assert (ended.returncode, ended.stderr) == (code, line)
     closed = ["sh", "-c", f"{sys.executable} {command} >&-"]
     assert subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE).stderr == b""
 
 
-def test_an_epoch_is_saved_before_it_is_printed(cifar_dir, tmp_path):
+def test_an_epoch_is_saved_before_it_is_printed(cifar_dir, tmp_path, broken_pipe):
     """Its line is the first that leaves the buffer; nobody reads it, and the run ends."""
-    reader, gone = os.pipe()
-    os.close(reader)
     flags = ["--data-dir", cifar_dir, "--output-dir", tmp_path / "run", "--epochs", "3", *TINY]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     ended = subprocess.run(
         [sys.executable, "train.py", *SMALL, *flags], cwd=ROOT, env=environment | {"ACCELERATE_USE_CPU": "true"},
-        stdout=gone, stderr=subprocess.PIPE, text=True,
+        stdout=broken_pipe, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    os.close(gone)
     assert ended.returncode == 128 + signal.SIGPIPE and "Traceback" not in ended.stderr
     assert load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2
