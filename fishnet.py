@@ -495,24 +495,18 @@ class FishNet(nn.Module):
         x4 = F.max_pool2d(self.tail[2](x3), 2)  # (N, c4, H/8, W/8)
         bridge = self.tail[3](x4)  # (N, c4, H/8, W/8)
 
-        kept, body = {}, {}
-
-        def run(name: str, stage: Stage, trunk: Tensor, skip: Tensor | None) -> Tensor:
-            maps = stage(trunk, skip)
+        x, kept, concatenations = bridge, {}, []
+        for name, stage, skip in zip(("B4", "B3", "B2"), self.body, (None if paper else x4, x3, x2)):
+            concatenation, refined, x = stage(x, skip)  # (N, B3, H/4, W/4), (N, B2, H/2, W/2), (N, H1, H, W)
+            concatenations.append(concatenation)
             if name in keep:
-                kept[name] = maps.refined
-            if name in ("B4", "B3", "B2"):
-                body[name] = maps.concatenation
-            return maps.resampled
+                kept[name] = refined
+        b4, b3, b2 = concatenations
 
-        x = run("B4", self.body[0], bridge, None if paper else x4)  # (N, B3, H/4, W/4)
-        x = run("B3", self.body[1], x, x3)  # (N, B2, H/2, W/2)
-        x = run("B2", self.body[2], x, x2)  # (N, H1, H, W)
-
-        x = run("H1", self.head[0], x, x1)  # (N, H2, H/2, W/2)
-        x = run("H2", self.head[1], x, body["B2"])  # (N, H3, H/4, W/4)
-        x = run("H3", self.head[2], x, body["B3"])  # (N, H4, H/8, W/8)
-        x = run("H4", self.head[3], x, body["B4"] if paper else x4)  # (N, H4 + c4, 1, 1), or half of it
+        for name, stage, skip in zip(("H1", "H2", "H3", "H4"), self.head, (x1, b2, b3, b4 if paper else x4)):
+            _, refined, x = stage(x, skip)  # (N, H2, H/2, W/2), (N, H3, H/4, W/4), (N, H4, H/8, W/8), (N, C, 1, 1)
+            if name in keep:
+                kept[name] = refined
         return x, kept
 
     def forward_features(self, x: Tensor, body: bool = False) -> OrderedDict[str, Tensor]:
