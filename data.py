@@ -79,6 +79,7 @@ SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 IMAGENET_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+CENTRE_RATIO = 0.875  # of a folder's images: the part of the short side that validation sees
 
 
 class ImageSet(Dataset):
@@ -126,16 +127,18 @@ def load_data(
     val_fraction: float = 0.2,
     seed: int = 0,
     image_size: int | None = 224,
+    centre_ratio: float = CENTRE_RATIO,
 ) -> Data:
     """The dataset by its name, a stratified val_fraction of its training images set apart by the seed.
 
-    Only a folder reads image_size, the side of its crops; one that has val/ keeps train/ whole. ValueError or OSError
-    with one clear line: unknown dataset, fraction outside [0, 1), missing or wrong files.
+    Only a folder reads image_size, the side of its crops, and centre_ratio, `centre_crop`'s; one that has val/ keeps
+    train/ whole. ValueError or OSError with one clear line: unknown dataset, fraction outside [0, 1), missing or wrong
+    files.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val-fraction={val_fraction}: expected 0 <= val-fraction < 1")
     if dataset == "folder":
-        return load_folder(Path(data_dir), val_fraction, seed, image_size)
+        return load_folder(Path(data_dir), val_fraction, seed, image_size, centre_ratio)
     if dataset == "shapes":
         train, test, classes = draw_shapes(SHAPES_TRAIN, seed=0), draw_shapes(SHAPES_TEST, seed=1), SHAPES
         mean, std = pixel_mean_std(train.images)
@@ -477,7 +480,7 @@ def list_images(folder: Path) -> dict[str, list[str]]:
     return classes
 
 
-def load_folder(root: Path, val_fraction: float, seed: int, size: int) -> Data:
+def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: float) -> Data:
     """root/train/<class>/**, the same in root/val or else a part of train, and in root/test, or else an empty set.
 
     FileNotFoundError or ValueError, naming the folder: a fault that list_images finds, or other classes than train's.
@@ -496,7 +499,7 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int) -> Data:
     for split, files in found.items():
         labels = [label for label, name in enumerate(files) for _ in files[name]]
         paths = [path for name in files for path in files[name]]
-        sets[split] = FolderSet(root, paths, torch.tensor(labels, dtype=torch.int64), size, seed)
+        sets[split] = FolderSet(root, paths, torch.tensor(labels, dtype=torch.int64), size, ratio, seed)
     if not found["val"]:
         single = [name for name, files in found["train"].items() if len(files) == 1]
         if val_fraction and single:
@@ -510,9 +513,6 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int) -> Data:
     return Data(**sets, classes=classes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-CENTRE_RATIO = 0.875  # of a folder's images: the part of the short side that validation sees
-
-
 class FolderSet(Dataset):
     """Files (N,) of images and labels int64 (N,): as ImageSet, but an image is read and cropped when it is asked for.
 
@@ -523,11 +523,12 @@ class FolderSet(Dataset):
 
     collate = staticmethod(ImageSet.collate)
 
-    def __init__(self, root: Path, files: list[str], labels: Tensor, size: int, seed: int) -> None:
+    def __init__(self, root: Path, files: list[str], labels: Tensor, size: int, ratio: float, seed: int) -> None:
         self.root = root
         self.files = files
         self.labels = labels
         self.size = size
+        self.ratio = ratio
         self.seed = seed
         self.epoch: int | None = None
 
@@ -541,7 +542,7 @@ class FolderSet(Dataset):
             check = f"python data.py --dataset folder --data-dir {self.root} --check"
             raise ImageFileError(f"{error}; {check} lists all such files") from None
         if self.epoch is None:
-            return centre_crop(image, self.size), self.labels[index]
+            return centre_crop(image, self.size, self.ratio), self.labels[index]
         box = random_box(*image.shape[1:], seeded_generator(self.seed, self.epoch, index))
         return TF.resized_crop(image, *box, [self.size, self.size], antialias=True), self.labels[index]
 
@@ -551,7 +552,7 @@ class FolderSet(Dataset):
 
     def subset(self, indices: Tensor) -> "FolderSet":
         files = [self.files[index] for index in indices.tolist()]
-        return FolderSet(self.root, files, self.labels[indices], self.size, self.seed)
+        return FolderSet(self.root, files, self.labels[indices], self.size, self.ratio, self.seed)
 
 
 def centre_crop(image: Tensor, size: int, ratio: float = CENTRE_RATIO) -> Tensor:
@@ -870,7 +871,7 @@ def pixel_mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
 
 
 def image_grid(images: Tensor, columns: int = 8) -> Tensor:
-    """uint8 (N, 3, H, W) -> one uint8 picture (3, rows * H, columns * W), N a multiple of columns."""
+    """(N, 3, H, W) -> one picture (3, rows * H, columns * W), N a multiple of columns."""
     n, c, h, w = images.shape
     return images.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, -1, columns * w)
 

@@ -294,6 +294,11 @@ def load_model(checkpoint: dict) -> nn.Module:
     return model
 
 
+def allow_tf32(allowed: bool) -> None:
+    """On a GPU: whether float32 products are rounded to 10 bits. As it comes, PyTorch does so in convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def available_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -317,7 +322,8 @@ def set_malloc_thresholds(mmap: int, trim: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, mmap)
+        if not mallopt(m_mmap_threshold, mmap):
+            mallopt(m_mmap_threshold, 2**25)  # the most that an older glibc takes
         mallopt(m_trim_threshold, trim)
 
 
@@ -338,6 +344,7 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')}: for evaluating a dataset, while image files are given")
     args.split = args.split or "test"
     accelerator = Accelerator()
+    allow_tf32(False)
     prepare_cpu(accelerator.device)
     try:
         if args.batch_size < 1 or args.workers < 0:
@@ -377,8 +384,8 @@ def load_evaluated(args: argparse.Namespace, checkpoint: dict, accelerator: Acce
     trained = checkpoint["args"]
     data_dir = args.data_dir or trained["data_dir"]
     with accelerator.local_main_process_first():  # one process downloads, the others read
-        size, _ = input_size(checkpoint)
-        data = load_data(args.dataset, data_dir, trained["val_fraction"], trained["seed"], size)
+        size, ratio = input_size(checkpoint)
+        data = load_data(args.dataset, data_dir, trained["val_fraction"], trained["seed"], size, ratio)
     if list(data.classes) != checkpoint["classes"]:
         raise ValueError(f"dataset={args.dataset}: its classes are not those of {args.checkpoint}")
     there, trained_on = count_images(data), checkpoint.get("images")

@@ -75,7 +75,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import one_line, reader_may_leave
-from evaluate import available_cores, prepare_cpu
+from evaluate import allow_tf32, available_cores, prepare_cpu
 from fishnet import (
     FishNet,
     PostActBottleneck,
@@ -306,8 +306,8 @@ def make_step(setting: Setting, device: torch.device) -> Callable[[], list[float
     The parts are the forward pass and, in training, backward pass and update, at a learning rate of 0: every step does
     the same. The matrix product is one part.
     """
-    dtype, tf32 = DTYPES[setting.mixed_precision], setting.mixed_precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # as train.py has it
+    dtype = DTYPES[setting.mixed_precision]
+    allow_tf32(setting.mixed_precision == "tf32")
     if setting.name == PRODUCT:
         a, b = torch.randn(2, setting.image_size, setting.image_size, device=device, dtype=dtype)
         return lambda: [now(device), (a @ b, now(device))[1]]
@@ -409,7 +409,10 @@ def time_settings(settings: list[Setting], macs: dict[str, int], rounds: int) ->
         answers = zip(*[[worker.ask() for worker in workers] for _ in range(rounds)])  # of each worker, round by round
     finally:
         for worker in workers:
-            worker.process.terminate()
+            worker.pipe.close()  # `work` returns: a compiler that is killed leaves semaphores behind
+        for worker in workers:
+            worker.process.join(5)
+            worker.process.terminate()  # one that is in the middle of a step
 
     parts, peaks = zip(*[([seconds for seconds, _ in answer], answer[-1][1]) for answer in answers])
     steps = [[sum(seconds) for seconds in part] for part in parts]

@@ -49,6 +49,7 @@ import data as datasets
 from data import BatchTransform, EpochBatches, one_line, reader_may_leave, seeded_generator
 from evaluate import (
     CHECKPOINT_FORMAT,
+    allow_tf32,
     count_images,
     evaluate,
     explain,
@@ -202,6 +203,8 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise ValueError("model-args num_classes: is the dataset's number of classes")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("resume=auto: expected --output-dir, the run to go on with")
+    if args.resume not in (None, "auto") and not Path(args.resume).exists():  # before its folder is made
+        raise FileNotFoundError(f"{args.resume}: no such checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------- state of a run
@@ -329,11 +332,10 @@ def save(run: Run, name: str) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's folder; None: it has none. ValueError: all are damaged.
+    """The newest whole checkpoint of a run's folder; None: it never had one. ValueError: all are damaged.
 
     A damaged one is renamed, so that the next save does not put it in the place of a whole one.
     """
-    damaged = False
     for path in (folder / "last.pt", folder / "previous.pt"):
         if not path.exists():
             continue
@@ -341,10 +343,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
             load_checkpoint(path)
             return path
         except ValueError as error:
-            damaged = True
             path.replace(path.with_name(path.name + ".damaged"))
             print(f"left aside as {path.name}.damaged: {error}", flush=True)
-    if damaged:
+    if any(folder.glob("*.pt.damaged")):  # now, or when it was started before
         raise ValueError(f"resume=auto: no whole checkpoint is left in {folder}; take another folder to start anew")
     return None
 
@@ -589,8 +590,8 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """One whose batches are global and split over the processes."""
-    tf32 = args.mixed_precision == "tf32"  # float32 whose products are rounded to 10 bits: PyTorch's switch
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    tf32 = args.mixed_precision == "tf32"
+    allow_tf32(tf32)
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -825,11 +826,10 @@ def main() -> None:
 def advice(args: argparse.Namespace) -> tuple[str, str]:
     """For `explain`: how to need less memory, and how to go on."""
     parts = 2 * args.grad_accum_steps
-    smaller = f"--grad-accum-steps {parts}, the same optimisation in smaller parts, or --batch-size"
-    smaller = f"{smaller} {max(2, args.batch_size // 2)}"
+    smaller = f"--grad-accum-steps {parts} or --batch-size {max(2, args.batch_size // 2)}"
     if not args.checkpoint_activations:
         smaller = f"--checkpoint-activations, {smaller}"
-    return smaller, "go on with --resume auto"
+    return smaller, "go on with --resume auto (and --override, if the size of the parts changes)"
 
 
 if __name__ == "__main__":

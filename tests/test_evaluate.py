@@ -243,6 +243,15 @@ def test_a_checkpoint_from_before_a_field_means_its_default(checkpoint, tmp_path
     assert load_model(load_checkpoint(tmp_path / "a.pt")).config == model.config
 
 
+def test_float32_is_float32(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
+    """PyTorch lets a GPU's convolutions round to 10 bits; training without tf32 does not, nor may its evaluation."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.save(checkpoint, tmp_path / "a.pt")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a.pt"), "--data-dir", str(cifar_dir)])
+    evaluation.main()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_weights_that_do_not_fit_are_named(checkpoint):
     weights = checkpoint["model"]
     nan = weights["fc.weight"].clone()

@@ -353,6 +353,22 @@ def test_train_evaluate_and_predict(run_folder, run_evaluate, copy, tmp_path):
     assert code.startswith("evaluate.py: dataset=folder: its classes are not those of")
 
 
+def test_a_checkpoint_sees_the_files_of_a_folder_as_it_saw_its_dataset(run_train, run_evaluate, cifar_dir, tmp_path):
+    """CIFAR's test images as PNG files: the same loss, not that of an enlarged centre."""
+    run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2")
+    test = load_data("cifar10", cifar_dir).test
+    for i, (image, label) in enumerate(test):
+        for split in ("train", "val", "test"):
+            path = tmp_path / "png" / split / f"class {label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    best = tmp_path / "run" / "best.pt"
+    code, out, _ = run_evaluate(best, "--json")
+    assert code == 0
+    code, of_files, _ = run_evaluate(best, "--json", "--dataset", "folder", "--data-dir", tmp_path / "png")
+    assert code == 0 and json.loads(of_files)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-6)
+
+
 def assert_top(top: list[dict], probabilities: torch.Tensor, classes: list[str]) -> None:
     """The first five, or all, in falling order."""
     order = probabilities.argsort(descending=True)[:5].tolist()

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -369,6 +370,13 @@ def test_bad_arguments_are_one_line(run_train, tmp_path, flags, message, monkeyp
         run_train(tmp_path / "run", *flags)
     assert str(error.value).startswith("train.py: ") and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_resume_of_a_checkpoint_that_is_not_there_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--resume", str(tmp_path / "typo" / "last.pt")])
+    with pytest.raises(SystemExit, match="no such checkpoint"):
+        train.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_output_dir_with_a_run_is_not_overwritten(run_train, tmp_path):
