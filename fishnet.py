@@ -1,7 +1,7 @@
 """FishNet: a backbone whose tail goes down in resolution, whose body comes back up, whose head goes down again.
 
-Every stage keeps the features of the others (it concatenates them) and refines them (it adds to them), and no
-convolution stands in the way of the gradient from the loss to any stage of body or head.
+Every stage of body and head keeps the features of the others (it concatenates them) and refines them (it adds to them),
+and in the slides' networks no convolution stands in the way of the gradient from the loss to any of these stages.
 
 The stages at 32 x 32 input, FishNet-99 (channels 64 128 256 512, k = 2); "trunk + skip" are concatenated:
 
@@ -314,11 +314,11 @@ class FishNetConfig:
     has the SE unit besides). body_depths, head_depths: regular units of B4 B3 B2 and of H1-H4; both empty leave the
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
     tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit
-    after T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts; 0 leaves a convolution, with
-    BN-ReLU unless preact. stem_stride: of the first 3x3 convolution. final_norm: BN-ReLU before the last pool.
-    in_channels: of the images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2,
-    1 to 32. transfer_depths: residual units of the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as
-    it is; empty for [S]'s, one M each.
+    after T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts, after a 3x3 convolution if
+    preact; without preact the first of them takes the image, and 0 leaves that convolution, with BN-ReLU. stem_stride:
+    of the first 3x3 convolution. final_norm: BN-ReLU before the last pool. in_channels: of the images. num_classes: of
+    the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1 to 32. transfer_depths: residual units of
+    the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as it is; empty for [S]'s, one M each.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units

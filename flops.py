@@ -20,7 +20,8 @@ Prints, for one square image, of 32 pixels, or of 224 for the paper's networks:
                  next convolution's input). Neither parameters nor the statistics of batch norm are among them, so a
                  batch of n images keeps n times as much.
 
-and with --stages, by the rule of [S], parameters and MACs of the stem, the stages and the classifier fc, besides:
+and with --stages, by the rule of [S], parameters and MACs of the stem, the stages, a ResNet's pool and the classifier
+fc, besides:
 
     size         side of the stage's output; a tail stage's before its pool.
     blocks       bottlenecks of the stem, residual units of the tail, regular units of body and head.

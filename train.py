@@ -76,8 +76,8 @@ RECIPES = {
         opt="adam", lr=1e-2, weight_decay=1e-4, sched="step", warmup_epochs=0, smoothing=0.0, patience=20,
         zero_init_last=False, model_args={},
     ),
-    # final_norm: the slides' pooled features reach a squared norm of 10^4 and more, where SGD at 0.1 (and with a decay
-    # of 5e-4) diverges.
+    # final_norm: the slides' pooled features reach a squared norm of 10^4 and more, where SGD at 0.1 diverges; Muon's
+    # steps for the classifier are SGD's.
     "strong": dict(
         dataset="cifar10", model="fishnet99", val_fraction=0.1, augment="standard", epochs=30, batch_size=256,
         opt="muon", lr=0.05, weight_decay=0.01, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
