@@ -273,6 +273,7 @@ class StopSignal:
     def receive(self, number: int, frame: object) -> None:
         self.number = number
         if not self.training:
+            signal.signal(number, signal.SIG_DFL)  # a second one, while Python ends, is no traceback
             sys.exit(128 + number)
 
     def agreed(self, accelerator: Accelerator) -> int:

@@ -128,6 +128,15 @@ def trained(cifar_dir, tmp_path_factory) -> Path:
     return folder / "last.pt"
 
 
+def test_a_second_signal_while_the_program_ends_is_no_traceback():
+    code = (
+        "import atexit, os, signal, train; train.StopSignal(); kill = lambda: os.kill(os.getpid(), signal.SIGTERM); "
+        "atexit.register(kill); kill()"
+    )
+    process = start_python(1, "-c", code)
+    assert process.communicate()[0] == "" and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
 def test_a_directory_in_use_is_refused(run_train, tmp_path):
     code = "import pathlib, sys, train; lock = train.lock_output_dir(pathlib.Path(sys.argv[1])); print('held'); input()"
     other = start_python(1, "-c", code, tmp_path, stdin=subprocess.PIPE)

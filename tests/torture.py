@@ -116,25 +116,27 @@ class Child:
             os.setpgid(self.pid, self.pid)
 
     def run(self, function: Callable, *arguments: object) -> None:
-        os.setpgid(0, 0)
-        atexit._clear()  # the parent's: its folder stays
-        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        code = 0
+        code = 1
         try:
-            function(*arguments)
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr, flush=True)
-            code = 1 if isinstance(stop.code, str) else stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        threading._shutdown()  # as at an interpreter's end
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)
+            os.setpgid(0, 0)
+            atexit._clear()  # the parent's: its folder stays
+            file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            try:
+                function(*arguments)
+                code = 0
+            except SystemExit as stop:
+                if isinstance(stop.code, str):
+                    print(stop.code, file=sys.stderr, flush=True)
+                code = 1 if isinstance(stop.code, str) else stop.code or 0
+            except BaseException:
+                traceback.print_exc()
+            threading._shutdown()  # as at an interpreter's end
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+        finally:
+            os._exit(code)  # whatever a signal raises: the parent's folder stays
 
     def wait(self, seconds: float = 120.0, kill: bool = True) -> int | None:
         end = time.monotonic() + seconds
@@ -460,6 +462,8 @@ def part_kills(quick: bool) -> Counts:
             after = newest_step(folder)
             # The other process of two ends by itself, in one line; or all was done before the kill.
             kind = run.kind(codes, lambda code: code in (-signal.SIGKILL, 0, 1, 143, -signal.SIGTERM))
+            if kind == "tracebacks" and workers != "0" and run.output().rstrip().endswith("Connection reset by peer"):
+                kind = ""  # of a worker's thread, which was about to hand a batch to the killed process
             if after < before:
                 kind = "lost"
             counts.add(kind, f"chain {chain}, kill {kill}: {codes}, step {before} -> {after}: {run.output()[-400:]}")
@@ -826,9 +830,10 @@ def part_machine(quick: bool) -> Counts:
     one_line("file limit", limited.start(), "File too large", "--resume auto", step=5)
     ends_well("after the file limit", Run(folder, go_on))
 
-    # A disk of so many bytes, full at another place in the run each time.
+    # A disk of so many bytes, full at another place in the run each time: it writes 200 kB and, at its fullest, holds
+    # four checkpoints.
     if can_mount():
-        for kilobytes in (1, 200, 700, 1100, 1300):
+        for kilobytes in (1, 200, *(200 + checkpoints * 2 * size // 1024 for checkpoints in (1, 2, 3))):
             with mounted(f"size={kilobytes}k") as folder:
                 run = Run(folder, go_on)
                 one_line(f"disk of {kilobytes} kB", run.start(), "No space left", step=-1)
