@@ -55,7 +55,6 @@ import copy
 import importlib
 import itertools
 import json
-import math
 import multiprocessing
 import re
 import resource
@@ -469,10 +468,10 @@ def print_timings(rows: list[dict]) -> None:
     for row in rows:
         flags = [f"--{flag.replace('_', '-')} {row[flag]}" for flag in FLAGS if row[flag] != FLAGS[flag][0]]
         seconds = (row[f"{part}_seconds"] for part in ("forward", "backward", "step"))
-        forward, backward, step = (math.nan if s is None else 1e3 * s for s in seconds)
+        forward, backward, step = ("-" if s is None else f"{1e3 * s:.1f}" for s in seconds)
         print(" ".join([row["name"], *flags]))
         print(
-            f"{row['images_per_second']:>9.1f}{forward:>9.1f}{backward:>9.1f}{step:>9.1f}{row['step_ratio']:>6.2f}"
+            f"{row['images_per_second']:>9.1f}{forward:>9}{backward:>9}{step:>9}{row['step_ratio']:>6.2f}"
             f"{row['peak_bytes'] / 2**20:>8.0f}{row['peak_ratio']:>6.2f}{row['flops_per_second'] / 1e9:>9.1f}"
             f"{row['product_share']:>8.1%}{row['setup_seconds']:>7.1f}"
         )

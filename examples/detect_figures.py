@@ -30,17 +30,12 @@ from data import SHAPES, inside_figure
 from evaluate import prepare_cpu
 from fishnet import FishNetFPN, create_model, zero_init_last
 from flops import count
+from study import NETWORK, VARIANTS
 
 SIDE = 64
 SCENES = 12000
-SMALL = {"stem_stride": 2, "final_norm": True}
-BACKBONES = {
-    "FishNet": SMALL | {"channels": (48, 48, 64, 96), "tail_depths": (1, 2, 2, 1)},
-    # The tail alone, wider and deeper, so that both cost the same arithmetic.
-    "its tail": SMALL | {
-        "channels": (112, 112, 128, 192), "tail_depths": (2, 3, 3, 2), "body_depths": (), "head_depths": (),
-    },
-}  # fmt: skip
+# Both cost the same arithmetic.
+BACKBONES = {"FishNet": NETWORK, "its tail": NETWORK | VARIANTS["tail alone, wider and deeper"]}
 
 
 def draw_scene(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
