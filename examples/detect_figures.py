@@ -26,11 +26,12 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from study import NETWORK, VARIANTS
+
 from data import SHAPES, inside_figure
 from evaluate import prepare_cpu
 from fishnet import FishNetFPN, create_model, zero_init_last
 from flops import count
-from study import NETWORK, VARIANTS
 
 SIDE = 64
 SCENES = 12000
