@@ -178,13 +178,15 @@ def one_line(error: Exception) -> str:
 def reader_may_leave() -> Iterator[None]:
     """Around a program: once nobody reads its output, as after `| head`, it ends as SIGPIPE would end it, silently.
 
-    Where a disk is too full for its output, it ends with one line.
+    Where a disk is too full for its output, it ends with one line. Names that are no UTF-8 are printed with escapes.
     """
+    if sys.stdout:  # None where it was closed from the start
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield
         finally:
-            if sys.stdout:  # None where it was closed from the start
+            if sys.stdout:
                 sys.stdout.flush()
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
@@ -458,23 +460,29 @@ def image_fault(path: str | Path) -> str | None:
 def list_images(folder: Path) -> dict[str, list[str]]:
     """{class: its files} of folder/<class>/**, both sorted; whatever has a name that begins with a dot is left out.
 
-    FileNotFoundError or ValueError, naming the folder: not there, fewer than two classes, a class without images.
+    OSError or ValueError, naming the folder: not there or not readable, fewer than two classes, a class without images.
     """
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over what it cannot read
+        raise error
+
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there: expected a folder of images for each class in it")
     classes = {}
     for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and not entry.exists():
+            raise FileNotFoundError(f"{entry}: a link to what is not there; mend or remove it")
         if entry.name.startswith(".") or not entry.is_dir():
             continue
-        classes[entry.name] = sorted(
-            str(path)
-            for path in entry.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in path.relative_to(entry).parts)
-            and not path.is_dir()
-        )
-        if not classes[entry.name]:
-            raise ValueError(f"{entry}: no images in it, expected {' '.join(IMAGE_SUFFIXES)}; fill it or remove it")
+        files = []
+        for path, folders, names in os.walk(entry, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = [name for name in names if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            files += [os.path.join(path, name) for name in names]
+        if not files:
+            suffixes = " ".join(IMAGE_SUFFIXES)
+            raise ValueError(f"{entry}: no images in it, expected {suffixes}; fill it, or remove the class everywhere")
+        classes[entry.name] = sorted(files)
     if len(classes) < 2:
         raise ValueError(f"{folder}: {len(classes)} folders in it, expected one for each of two classes or more")
     return classes
@@ -488,7 +496,7 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: fl
     found = {"train": list_images(root / "train"), "val": {}, "test": {}}
     classes = tuple(found["train"])
     for split in ("val", "test"):
-        if not (root / split).is_dir():
+        if not os.path.lexists(root / split):
             continue
         found[split] = list_images(root / split)
         faults = {"missing": set(classes) - set(found[split]), "unknown": set(found[split]) - set(classes)}

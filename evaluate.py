@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument("-j", "--workers", type=int, default=0, help="data processes (default: %(default)s)")
     parser.add_argument("--tta", action="store_true", help="average the logits of each image and its mirror image")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # a flag may stand before the images
     for name in ("dataset", "data_dir", "split", "batch_size", "workers"):
         if args.files and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')}: for evaluating a dataset, while image files are given")
@@ -358,6 +358,8 @@ def main() -> None:
             raise ValueError(f"{args.checkpoint}: images of side {size} do not suit its {checkpoint['name']}")
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except (RuntimeError, MemoryError) as error:
+        sys.exit(f"evaluate.py: {explain(error, 'another device', 'start again')}")
     if args.tta:
         model = FlipAveraged(model)
 
@@ -370,7 +372,7 @@ def main() -> None:
     try:
         with workers_released():
             m = evaluate(accelerator, model, images, transform, len(data.classes), batch_size, args.workers)
-    except ImageFileError as error:
+    except (OSError, ImageFileError) as error:
         sys.exit(f"evaluate.py: {error}")
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"evaluate.py: {explain(error, f'--batch-size {max(1, batch_size // 2)}', 'start again')}")

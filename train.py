@@ -592,7 +592,6 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """One whose batches are global and split over the processes."""
     tf32 = args.mixed_precision == "tf32"
-    allow_tf32(tf32)
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -600,6 +599,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     accelerator.gradient_accumulation_steps = args.grad_accum_steps  # an argument would yield to the environment
     args.mixed_precision = "tf32" if tf32 else accelerator.mixed_precision
+    allow_tf32(tf32)  # here: with a compiler that accelerate launch names, Accelerator allows it
     prepare_cpu(accelerator.device)
     return accelerator
 

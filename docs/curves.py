@@ -23,7 +23,8 @@ SPLITS = (("train", "training", "--"), ("val", "validation", "-"))
 def parse_run(argument: str) -> tuple[str, Path]:
     """(label, path) of "LABEL=path" or "path"."""
     label, equals, path = argument.partition("=")
-    return (label, Path(path)) if equals else (Path(argument).resolve().parent.name, Path(argument))
+    plain = not equals or Path(argument).exists()  # a folder's name may have a "="
+    return (Path(argument).resolve().parent.name, Path(argument)) if plain else (label, Path(path))
 
 
 def read_curves(path: Path) -> Curves:

@@ -173,6 +173,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.scenes < 4:
         sys.exit(f"detect_figures.py: scenes={args.scenes}: expected at least 4, a batch")
+    if args.picture and not args.picture.endswith(".png"):
+        sys.exit(f"detect_figures.py: picture={args.picture}: expected a name that ends in .png")
     try:
         if args.picture:
             open(args.picture, "a").close()  # a quarter of an hour before it is needed

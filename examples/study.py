@@ -74,10 +74,17 @@ def train(flags: list[str], folder: Path, data_dir: str) -> None:
             raise ValueError(f"{folder}: a run with other flags; take another --output-dir")
         return
     command = [sys.executable, TRAIN, *flags, "--data-dir", data_dir, "--output-dir", folder, "--resume", "auto"]
-    code = subprocess.run(list(map(str, command))).returncode
+    process = subprocess.Popen(list(map(str, command)))
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it was interrupted, too, and saves
+        raise
     if code:
         raise ValueError(f"train.py ended with code {code}; what it says stands above")
-    done.write_text(json.dumps(flags))
+    written = done.with_suffix(".tmp")
+    written.write_text(json.dumps(flags))
+    written.replace(done)
 
 
 def gradient_norms(folder: Path, model: FishNet | ResNet) -> dict[str, list[tuple[int, float]]]:
@@ -87,7 +94,8 @@ def gradient_norms(folder: Path, model: FishNet | ResNet) -> dict[str, list[tupl
     for part, modules in PARTS.items():
         weights = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in modules)
         if weights:
-            points = events.Scalars(f"gradient_norm/{part}")
+            tag = f"gradient_norm/{part}"
+            points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
             norms[part] = [(point.step, 1e3 * point.value / math.sqrt(weights)) for point in points]
     return norms
 
@@ -172,6 +180,11 @@ def main() -> None:
         for variant in args.variants for seed in args.seeds
     }  # fmt: skip
     try:
+        for flag in ("--model", "--model-args", "--dataset"):
+            if any(word.partition("=")[0] == flag for word in args.flags):
+                raise ValueError(f"{flag}: the networks are those of VARIANTS, on CIFAR-10; write others there")
+        if args.picture and not args.picture.endswith(".png"):
+            raise ValueError(f"picture={args.picture}: expected a name that ends in .png")
         for out in filter(None, (args.csv, args.picture)):
             open(out, "a").close()  # hours before it is needed
         if args.picture and not importlib.util.find_spec("matplotlib"):

@@ -3,6 +3,11 @@
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import plain
@@ -59,6 +64,29 @@ def test_a_finished_run_of_the_study_is_not_trained_again_nor_taken_for_another(
     study.train(flags, tmp_path, "nowhere")
     with pytest.raises(ValueError, match="a run with other flags"):
         study.train(study.flags_of("both", 1, []), tmp_path, "nowhere")
+
+
+def test_ctrl_c_waits_until_train_py_has_saved(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, signal, time\n"
+        "def save(*_): time.sleep(1); pathlib.Path('saved').touch(); raise SystemExit(130)\n"
+        "signal.signal(signal.SIGINT, save); print('ready', flush=True); time.sleep(60)\n"
+    )
+    code = "import pathlib, study; study.TRAIN = 'slow.py'; study.train([], pathlib.Path('run'), 'data')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(study.__file__).parent)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(30) != 0 and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("flags", [["--model-args", "k=4"], ["--dataset=cifar100"]])
+def test_the_study_refuses_flags_that_change_its_networks(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--", *flags])
+    with pytest.raises(SystemExit, match=r"^study\.py: --\S+: the networks are those of VARIANTS"):
+        study.main()
 
 
 def test_average_precision_is_the_area_under_the_curve():

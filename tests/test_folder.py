@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from accelerate.state import AcceleratorState
-from conftest import start_train
+from conftest import start_python, start_train
 from PIL import Image
 from test_train import assert_same, load
 from torch.utils.data import DataLoader
@@ -97,6 +98,8 @@ def rename(old, new):
         (remove("val/apple"), ValueError, ("/val: ", "train (missing: apple)")),
         (rename("val/banana", "val/.banana"), ValueError, ("train (missing: banana)",)),
         (lambda root: draw(root / "val" / "date" / "0.png"), ValueError, ("train (unknown: date)",)),
+        (lambda root: (root / "train" / "fig").symlink_to(root / "gone"), OSError, ("fig: a link to what is not",)),
+        (lambda root: (root / "test").symlink_to(root / "gone"), OSError, ("/test is not there",)),
         (lambda root: [draw(root / "test" / name / "0.png") for name in "ab"], ValueError,
          ("/test: ", "missing: apple, banana, cherry leaf; unknown: a, b")),
     ],
@@ -106,6 +109,28 @@ def test_faults_of_the_layout_are_one_line(copy, change, error, fragments):
     with pytest.raises(error) as caught:
         load_data("folder", copy, image_size=32)
     assert "\n" not in str(caught.value) and all(fragment in str(caught.value) for fragment in fragments)
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(copy, monkeypatch):
+    (copy / "train" / "apple" / "more").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="train/apple/more"):
+        load_data("folder", copy, image_size=32)
+
+
+def test_a_name_that_is_no_utf8_is_printed_with_escapes(copy, monkeypatch):
+    (copy / "train" / "apple" / os.fsdecode(b"caf\xe9.png")).write_text("no image")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    process = start_python(1, "data.py", "--dataset", "folder", "--data-dir", copy, "--check")
+    out = process.communicate()[0]
+    assert process.returncode == 1 and "caf\\udce9.png" in out and "Traceback" not in out, out
 
 
 def test_without_val_a_part_of_each_class_is_set_apart(copy):
@@ -337,7 +362,7 @@ def test_train_evaluate_and_predict(run_folder, run_evaluate, copy, tmp_path):
     code, out, _ = run_evaluate(best, "--split", "val", "--json")
     assert code == 0 and json.loads(out)["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
-    code, out, _ = run_evaluate(best, *predicted, "--json")
+    code, out, _ = run_evaluate(best, "--json", *predicted)
     predictions = json.loads(out)["predictions"]
     assert code == 0 and [p["file"] for p in predictions] == list(predicted)
     for prediction in predictions:
