@@ -12,6 +12,7 @@ JSON, per cent in the table.
 import argparse
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -210,6 +211,8 @@ def explain(error: RuntimeError | MemoryError, smaller: str, again: str) -> str:
         return f"out of memory: try {smaller}"
     if "DataLoader worker" in message:
         return f"{message.splitlines()[0]}: {again}, or read data in the main process with --workers 0"
+    if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return f"--compile: {message.splitlines()[0][:200]}: it needs a C++ compiler; or leave it out"
     if "gloo" in message or isinstance(error, torch.distributed.DistError):
         return f"another process is gone ({message.splitlines()[0][:100]}): {again}"
     raise error
@@ -231,7 +234,11 @@ def load_checkpoint(path: str | Path) -> dict:
             check_archive(file)
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise  # the file may be whole
         except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+            if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
+                raise
             raise ValueError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")
@@ -294,6 +301,13 @@ def load_model(checkpoint: dict) -> nn.Module:
     return model
 
 
+def check_processes(accelerator: Accelerator) -> None:
+    """ValueError: torchrun started several processes, each of which would take itself for the only one."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started != accelerator.num_processes:
+        raise ValueError(f"{started} processes, but Accelerate knows of one: set ACCELERATE_USE_CPU=true on a CPU")
+
+
 def allow_tf32(allowed: bool) -> None:
     """On a GPU: whether float32 products are rounded to 10 bits. As it comes, PyTorch does so in convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
@@ -347,6 +361,7 @@ def main() -> None:
     allow_tf32(False)
     prepare_cpu(accelerator.device)
     try:
+        check_processes(accelerator)
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError(f"batch-size={args.batch_size}, workers={args.workers}: expected at least 1 and 0")
         checkpoint = load_checkpoint(args.checkpoint)

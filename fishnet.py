@@ -707,8 +707,9 @@ def create_model(name: str, /, **overrides: object) -> FishNet | ResNet:
 def statistics_held(module: nn.Module) -> Iterator[None]:
     """Within it batch norm in training mode normalises as ever, but leaves its running statistics as they are."""
     held = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)]
-    for norm, *_ in held:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, _, batches in held:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if batches is None else batches.clone()  # SyncBatchNorm wants one to count on
     try:
         yield
     finally:

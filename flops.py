@@ -170,9 +170,12 @@ def make_model(name: str) -> nn.Module:
     if not colon:
         return create_model(name)
     try:
-        return getattr(importlib.import_module(module), function)()
+        model = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected MODULE:FUNCTION that makes a network ({one_line(error)})") from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name}: expected MODULE:FUNCTION that makes a network, not a {type(model).__name__}")
+    return model
 
 
 def make_image(model: nn.Module, size: int | None) -> Tensor:
@@ -180,7 +183,7 @@ def make_image(model: nn.Module, size: int | None) -> Tensor:
 
     Another package's network is taken to be made for 224 pixels of 3 channels. ValueError: no sensible size.
     """
-    config = getattr(model, "config", None)
+    config = model.config if isinstance(model, (FishNet, ResNet)) else None
     if size is None:
         size = 32 if config and config.structure == "slides" else 224
     if not 1 <= size <= 2**14:
@@ -190,7 +193,12 @@ def make_image(model: nn.Module, size: int | None) -> Tensor:
 
 def count(model: nn.Module, image_size: int | None = None) -> Counts:
     """What a network costs for one image. ValueError: the size does not fit the network."""
-    return measure(model, make_image(model, image_size))
+    image = make_image(model, image_size)
+    try:
+        return measure(model, image)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # another package's network
+        size = f"{image.shape[-1]} x {image.shape[-1]}"
+        raise ValueError(f"{type(model).__name__} takes no image of {size} pixels ({one_line(error)})") from None
 
 
 @dataclass(frozen=True)

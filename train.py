@@ -50,6 +50,7 @@ from data import BatchTransform, EpochBatches, one_line, reader_may_leave, seede
 from evaluate import (
     CHECKPOINT_FORMAT,
     allow_tf32,
+    check_processes,
     count_images,
     evaluate,
     explain,
@@ -174,6 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """ValueError for values that no run can have."""
+    check_processes(accelerator)
     processes = accelerator.num_processes
     least = {"epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "decay_epochs": 1, "log_every": 1, "lr": 0.0,
              "workers": 0, "max_steps": 0, "weight_decay": 0, "warmup_epochs": 0, "clip_grad": 0, "patience": 0,
@@ -379,6 +381,8 @@ def resume(run: Run, path: Path) -> None:
         sums = load_state(run, checkpoint)
     except Exception as error:  # what a changed file holds can be anything
         raise ValueError(f"{path}: its state does not fit ({one_line(error)})") from None
+    if path.resolve().parent != run.output_dir.resolve():  # its best.pt stays there
+        run.state.best_loss, run.state.best_epoch = math.inf, run.state.epoch
     if len(sums) == run.accelerator.num_processes:
         run.sums.copy_(sums[run.accelerator.process_index])
     elif run.accelerator.is_main_process:
@@ -395,6 +399,8 @@ def load_state(run: Run, checkpoint: dict) -> Tensor:
     if [type(n) for n in (state.step, state.epoch, state.best_epoch, state.best_loss)] != [int, int, int, float]:
         raise ValueError("its numbers are not those of a RunState")
     steps = run.steps_per_epoch
+    if checkpoint.get("images") and steps != checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]:
+        raise ValueError(f"--override cannot change how many steps an epoch has, which would be {steps}")
     if not 0 <= state.epoch * steps <= state.step <= (state.epoch + 1) * steps:
         raise ValueError(f"step {state.step} is not in epoch {state.epoch + 1} at {steps} steps an epoch")
     if len(state.history) != state.epoch or not all(isinstance(row, dict) for row in state.history):
@@ -525,7 +531,7 @@ def finished(run: Run) -> bool:
     args, state = run.args, run.state
     return (
         state.epoch >= args.epochs
-        or (args.max_steps > 0 and state.step >= args.max_steps)
+        or (0 < args.max_steps <= state.step <= state.epoch * run.steps_per_epoch)  # and has been evaluated
         or (args.patience > 0 and state.epoch - state.best_epoch >= args.patience)
     )
 
@@ -592,14 +598,15 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """One whose batches are global and split over the processes."""
     tf32 = args.mixed_precision == "tf32"
+    allow_tf32(tf32)
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         step_scheduler_with_optimizer=False,
+        dynamo_backend="no",  # whatever accelerate launch says: --compile compiles in place
     )
     accelerator.gradient_accumulation_steps = args.grad_accum_steps  # an argument would yield to the environment
     args.mixed_precision = "tf32" if tf32 else accelerator.mixed_precision
-    allow_tf32(tf32)  # here: with a compiler that accelerate launch names, Accelerator allows it
     prepare_cpu(accelerator.device)
     return accelerator
 
@@ -756,9 +763,8 @@ def run_epochs(run: Run) -> None:
     batch_size = run.args.batch_size // run.args.grad_accum_steps // run.accelerator.num_processes
     while not finished(run):
         row = train_epoch(run)
-        whole = state.step == (state.epoch + 1) * run.steps_per_epoch
-        if not whole:
-            save(run, "last.pt")  # --max-steps ends inside an epoch: from here a longer run goes on
+        whole = state.step == (state.epoch + 1) * run.steps_per_epoch  # not where --max-steps ends inside an epoch
+        save(run, "last.pt")  # whatever becomes of the evaluation; and from inside an epoch a longer run goes on
         state.epoch += 1
         run.sums.zero_()
         val = None
@@ -769,7 +775,7 @@ def run_epochs(run: Run) -> None:
                 run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers
             )
             if not math.isfinite(val.loss):
-                raise FloatingPointError(f"the validation loss is not finite after step {state.step}")
+                raise FloatingPointError(f"the validation loss is not finite at step {state.step}, that of last.pt")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
         log_epoch(run, row)
         if (whole or not state.best_epoch) and (not val or val.loss < state.best_loss):
@@ -827,10 +833,11 @@ def main() -> None:
 def advice(args: argparse.Namespace) -> tuple[str, str]:
     """For `explain`: how to need less memory, and how to go on."""
     parts = 2 * args.grad_accum_steps
-    smaller = f"--grad-accum-steps {parts} or --batch-size {max(2, args.batch_size // 2)}"
+    smaller = f"--grad-accum-steps {parts} (with --override, to go on) or, in a new run, --batch-size"
+    smaller = f"{smaller} {max(2, args.batch_size // 2)}"
     if not args.checkpoint_activations:
         smaller = f"--checkpoint-activations, {smaller}"
-    return smaller, "go on with --resume auto (and --override, if the size of the parts changes)"
+    return smaller, "go on with --resume auto"
 
 
 if __name__ == "__main__":

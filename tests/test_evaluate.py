@@ -1,5 +1,6 @@
 """evaluate.py: every image counted once, against numpy; checkpoints that are not ones; the command."""
 
+import errno
 import json
 import math
 import re
@@ -233,6 +234,14 @@ def test_numbers_that_no_run_has_are_refused(checkpoint, tmp_path, key, value):
 def test_a_config_that_is_no_network_is_refused(checkpoint, change):
     with pytest.raises(ValueError, match=r"checkpoint: its config does not fit \(.*\)$"):
         load_model(checkpoint | {"config": checkpoint["config"] | change})
+
+
+def test_a_disk_that_fails_is_no_damaged_checkpoint(checkpoint, tmp_path, monkeypatch):
+    torch.save(checkpoint, tmp_path / "a.pt")
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
+        monkeypatch.setattr(evaluation, "check_archive", lambda file, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            load_checkpoint(tmp_path / "a.pt")
 
 
 def test_a_checkpoint_from_before_a_field_means_its_default(checkpoint, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from conftest import ROOT, SMALL, TINY, start_python, start_train
 from test_train import assert_same, load
 
@@ -229,6 +230,8 @@ def test_out_of_memory_says_what_to_do():
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), RuntimeError(old), MemoryError()):
         line = train.explain(error, *train.advice(args))
         assert "out of memory" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
+    compiler = torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\nmore")
+    assert train.explain(compiler, "", "").startswith("--compile: InvalidCxxCompiler: No working C++ compiler found: ")
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
     line = train.explain(gone, *train.advice(args))
     assert re.match(r"another process is gone \(.*\): go on with --resume auto$", line)

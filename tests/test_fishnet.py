@@ -15,7 +15,15 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fishnet import FishNetConfig, channel_plan, channel_sum, checkpoint_activations, create_model, model_names
+from fishnet import (
+    FishNetConfig,
+    channel_plan,
+    channel_sum,
+    checkpoint_activations,
+    create_model,
+    model_names,
+    statistics_held,
+)
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 NARROW = {"channels": (16, 32, 64, 128)}
@@ -575,6 +583,14 @@ def test_checkpointing_changes_no_bit_of_training(name, overrides):
     assert_same_training(model, logits, copied, train_three_steps(copied))
     batches = [value for key, value in twin.state_dict().items() if key.endswith("num_batches_tracked")]
     assert {int(value) for value in batches} == {0, 3}
+
+
+def test_held_statistics_leave_sync_batch_norm_a_count():
+    """It wants one in training, and a GPU, so that none of the other tests has it."""
+    norm = nn.SyncBatchNorm(4)
+    with statistics_held(norm):
+        norm.num_batches_tracked.add_(1)
+    assert norm.num_batches_tracked == 0 and norm.momentum == 0.1
 
 
 @pytest.mark.parametrize("way", ["compile", "distributed"])

@@ -324,6 +324,8 @@ def test_a_step_has_these_parts(train, one_thread):
         (["nonsense", "--time"], "model='nonsense'"),
         (["nonsense:make"], "nonsense:make: expected MODULE:FUNCTION that makes a network (No module named"),
         (["json:nothing", "--time"], "json:nothing: expected MODULE:FUNCTION that makes a network (module 'json' has"),
+        (["torchvision.models:list_models"], "list_models: expected MODULE:FUNCTION that makes a network, not a list"),
+        (["torchvision.models:alexnet", "--image-size", "32"], "AlexNet takes no image of 32 x 32 pixels ("),
         (["--stages", "torchvision.models:resnet50"], "expected one network of fishnet.py"),
     ],
 )

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,6 +288,8 @@ def test_override_takes_the_new_flags_and_refuses_another_optimizer(run_train, t
     flags = ("--epochs", "2", "--resume", "auto", "--max-steps", "3", "--override")
     with pytest.raises(SystemExit, match=r"opt sgd -> adam\): give its flags, --override cannot change an optimizer"):
         run_train(tmp_path / "run", *flags, "--opt", "adam")
+    with pytest.raises(SystemExit, match=r"--override cannot change how many steps an epoch has, which would be 12\)"):
+        run_train(tmp_path / "run", *flags, "-b", "16")
     run_train(tmp_path / "run", *flags, "--weight-decay", "0.125")
     assert load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.125
 
@@ -303,7 +306,40 @@ def test_checkpoint_inside_an_epoch(run_train, tmp_path, monkeypatch):
     save = train.save
     monkeypatch.setattr(train, "save", lambda run, name: (saved.append((name, run.state.step)), save(run, name)))
     run_train(tmp_path / "run", "--epochs", "1", "--checkpoint-every", "2")
-    assert saved == [("last.pt", 2), ("last.pt", 4), ("best.pt", 6), ("last.pt", 6)]
+    assert saved == [("last.pt", 2), ("last.pt", 4), ("last.pt", 6), ("best.pt", 6), ("last.pt", 6)]
+
+
+@pytest.mark.parametrize("flags", [(), ("--max-steps", "9")], ids=["epochs", "max-steps"])
+def test_an_evaluation_that_fails_loses_no_step(run_train, tmp_path, monkeypatch, flags):
+    flags = ("--epochs", "2", *flags, "--resume", "auto")  # 6 steps an epoch
+    run_train(tmp_path / "whole", *flags)
+    evaluate, calls = train.evaluate, iter(range(9))
+
+    def failing(*args):
+        if next(calls) == 1:
+            raise OSError("no disk")
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", failing)
+    with pytest.raises(SystemExit, match="no disk"):
+        run_train(tmp_path / "parts", *flags)
+    step = 9 if "--max-steps" in flags else 12
+    for _ in range(2):  # the same command, until there is nothing left to do, and once more
+        out = run_train(tmp_path / "parts", *flags)
+        assert f"last.pt at step {step}" in out and re.search(r"best epoch [12], validation loss \d", out)
+        parts, whole = outcome(tmp_path / "parts"), outcome(tmp_path / "whole")
+        if "--max-steps" in flags:  # TensorBoard keeps the points of that end each time
+            del parts["scalars"], whole["scalars"]
+        assert_same(parts, whole)
+
+
+def test_a_run_from_another_folder_has_a_best_of_its_own(run_train, tmp_path, monkeypatch):
+    losses = iter([2.0, 3.0])
+    fake = lambda *args, **kwargs: Metrics(next(losses), 0.5, 0.1, 48, (), ())  # noqa: E731
+    monkeypatch.setattr(train, "evaluate", fake)
+    run_train(tmp_path / "a", "--epochs", "2", "--max-steps", "6")
+    run_train(tmp_path / "b", "--epochs", "2", "--resume", str(tmp_path / "a" / "last.pt"))
+    assert load(tmp_path / "b" / "best.pt")["state"]["epoch"] == 2
 
 
 def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, tmp_path, monkeypatch):
@@ -327,6 +363,20 @@ def test_early_stopping_and_best_by_validation_loss(run_train, tmp_path, monkeyp
     assert "best epoch 2, validation loss 2.0000" in out
     assert load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 4
     assert load(tmp_path / "run" / "best.pt")["state"]["epoch"] == 2
+
+
+def test_a_compiler_of_accelerate_launch_leaves_the_names(run_train, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2", *TINY)
+    assert "fc.weight" in load(tmp_path / "run" / "best.pt")["model"]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    """torchrun on a CPU, without ACCELERATE_USE_CPU: each would write to the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match=r"^2 processes, but Accelerate knows of one: set ACCELERATE_USE_CPU=true"):
+        train.check_processes(SimpleNamespace(num_processes=1))
 
 
 def test_without_validation_best_is_last(run_train, tmp_path):
