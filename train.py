@@ -41,6 +41,7 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, tqdm
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -572,8 +573,10 @@ def log_epoch(run: Run, row: dict[str, float]) -> None:
     run.state.history.append(row)
     if not run.accelerator.is_main_process:
         return
+    # Killed after its evaluation, a run evaluates again without a step.
+    logged = logged_tags(run.output_dir, row["step"]) if row["images_per_second"] == 0 else ()
     for name in ("loss", "top1_error", "top5_error"):
-        if f"val_{name}" in row:
+        if f"val_{name}" in row and f"val/{name}" not in logged:
             run.writer.add_scalar(f"val/{name}", row[f"val_{name}"], row["step"])
     run.writer.flush()
     text = io.StringIO(newline="")
@@ -582,6 +585,12 @@ def log_epoch(run: Run, row: dict[str, float]) -> None:
     table.writeheader()
     table.writerows(run.state.history)
     write_atomic(run.output_dir / "metrics.csv", text.getvalue().encode())
+
+
+def logged_tags(folder: Path, step: int) -> set[str]:
+    """Of which scalars TensorBoard has a point at a step already."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag for tag in events.Tags()["scalars"] if any(point.step == step for point in events.Scalars(tag))}
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
