@@ -1,6 +1,6 @@
 """What pytest has no time for: thousands of kills, signals, damaged and hostile files. Run it by hand, on Linux.
 
-    python tests/torture.py                      # everything, 20 minutes on one core; ends with a table for the README
+    python tests/torture.py                      # everything, 14 minutes on one core; ends with a table for the README
     python tests/torture.py --only kills images  # some parts
     python tests/torture.py --quick              # a tenth of each
 
