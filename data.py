@@ -180,7 +180,7 @@ def reader_may_leave() -> Iterator[None]:
 
     Where a disk is too full for its output, it ends with one line. Names that are no UTF-8 are printed with escapes.
     """
-    if sys.stdout:  # None where it was closed from the start
+    if hasattr(sys.stdout, "reconfigure"):  # not None, as where it was closed from the start, nor a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -470,9 +470,11 @@ def list_images(folder: Path) -> dict[str, list[str]]:
         raise FileNotFoundError(f"{folder} is not there: expected a folder of images for each class in it")
     classes = {}
     for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
         if entry.is_symlink() and not entry.exists():
             raise FileNotFoundError(f"{entry}: a link to what is not there; mend or remove it")
-        if entry.name.startswith(".") or not entry.is_dir():
+        if not entry.is_dir():
             continue
         files = []
         for path, folders, names in os.walk(entry, onerror=refuse):
@@ -491,7 +493,7 @@ def list_images(folder: Path) -> dict[str, list[str]]:
 def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: float) -> Data:
     """root/train/<class>/**, the same in root/val or else a part of train, and in root/test, or else an empty set.
 
-    FileNotFoundError or ValueError, naming the folder: a fault that list_images finds, or other classes than train's.
+    OSError or ValueError, naming the folder: a fault that list_images finds, or other classes than train's.
     """
     found = {"train": list_images(root / "train"), "val": {}, "test": {}}
     classes = tuple(found["train"])

@@ -200,19 +200,24 @@ def workers_released() -> Iterator[None]:
         raise
 
 
+def out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    of_torch = isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    return of_torch or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def explain(error: RuntimeError | MemoryError, smaller: str, again: str) -> str:
     """One line for the failures of a machine that no argument check foresees; any other error is raised again.
 
     `smaller` says which flags need less memory, `again` how to go on.
     """
     message = str(error)
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if memory or "not enough memory" in message or "can't allocate memory" in message:
+    if out_of_memory(error):
         return f"out of memory: try {smaller}"
     if "DataLoader worker" in message:
         return f"{message.splitlines()[0]}: {again}, or read data in the main process with --workers 0"
     if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return f"--compile: {message.splitlines()[0][:200]}: it needs a C++ compiler; or leave it out"
+        return f"--compile failed ({one_line(error)[:200]}): mend that (it needs a C++ compiler), or leave it out"
     if "gloo" in message or isinstance(error, torch.distributed.DistError):
         return f"another process is gone ({message.splitlines()[0][:100]}): {again}"
     raise error
@@ -234,11 +239,11 @@ def load_checkpoint(path: str | Path) -> dict:
             check_archive(file)
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise  # the file may be whole
         except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+            if out_of_memory(error):
+                raise  # and the file may be whole
             if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from None  # so it may on a disk that fails
             raise ValueError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")

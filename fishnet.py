@@ -497,16 +497,19 @@ class FishNet(nn.Module):
 
         x, kept, concatenations = bridge, {}, []
         for name, stage, skip in zip(("B4", "B3", "B2"), self.body, (None if paper else x4, x3, x2)):
-            concatenation, refined, x = stage(x, skip)  # (N, B3, H/4, W/4), (N, B2, H/2, W/2), (N, H1, H, W)
+            concatenation, refined, x = stage(x, skip)  # x: (N, B3, H/4, W/4), then (N, B2, H/2, W/2), (N, H1, H, W)
             concatenations.append(concatenation)
             if name in keep:
                 kept[name] = refined
+            del refined  # in evaluation a map less while the next stage runs
         b4, b3, b2 = concatenations
 
         for name, stage, skip in zip(("H1", "H2", "H3", "H4"), self.head, (x1, b2, b3, b4 if paper else x4)):
-            _, refined, x = stage(x, skip)  # (N, H2, H/2, W/2), (N, H3, H/4, W/4), (N, H4, H/8, W/8), (N, C, 1, 1)
+            # x: (N, H2, H/2, W/2), then (N, H3, H/4, W/4), (N, H4, H/8, W/8), (N, C, 1, 1)
+            concatenation, refined, x = stage(x, skip)
             if name in keep:
                 kept[name] = refined
+            del concatenation, refined
         return x, kept
 
     def forward_features(self, x: Tensor, body: bool = False) -> OrderedDict[str, Tensor]:

@@ -196,7 +196,9 @@ def count(model: nn.Module, image_size: int | None = None) -> Counts:
     image = make_image(model, image_size)
     try:
         return measure(model, image)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # another package's network
+    except (RuntimeError, AssertionError, TypeError) as error:
+        if isinstance(model, (FishNet, ResNet)):
+            raise
         size = f"{image.shape[-1]} x {image.shape[-1]}"
         raise ValueError(f"{type(model).__name__} takes no image of {size} pixels ({one_line(error)})") from None
 
@@ -372,7 +374,7 @@ def work(pipe: Connection, setting: Setting) -> None:
             pipe.recv()
             moments = torch.tensor([step() for _ in range(steps)], dtype=torch.float64)
             pipe.send((moments.diff().mean(0).tolist(), peak_bytes(device)))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         return  # the parent is gone
     except Exception as error:  # compilers and full memories raise many kinds
         pipe.send(one_line(error))

@@ -27,6 +27,7 @@ import dataclasses
 import fcntl
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -276,7 +277,8 @@ class StopSignal:
     def receive(self, number: int, frame: object) -> None:
         self.number = number
         if not self.training:
-            signal.signal(number, signal.SIG_DFL)  # a second one, while Python ends, is no traceback
+            for again in (signal.SIGTERM, signal.SIGINT):  # a second one, while Python ends, is no traceback
+                signal.signal(again, signal.SIG_DFL)
             sys.exit(128 + number)
 
     def agreed(self, accelerator: Accelerator) -> int:
@@ -532,7 +534,7 @@ def finished(run: Run) -> bool:
     args, state = run.args, run.state
     return (
         state.epoch >= args.epochs
-        or (0 < args.max_steps <= state.step <= state.epoch * run.steps_per_epoch)  # and has been evaluated
+        or (0 < args.max_steps <= state.step <= state.epoch * run.steps_per_epoch)  # counted, so evaluated
         or (args.patience > 0 and state.epoch - state.best_epoch >= args.patience)
     )
 
@@ -568,13 +570,12 @@ def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float, data_
             run.writer.add_scalar(name, value, run.state.step)
 
 
-def log_epoch(run: Run, row: dict[str, float]) -> None:
-    """A row of metrics.csv, the validation's curves."""
+def log_epoch(run: Run, row: dict[str, float], again: bool) -> None:
+    """A row of metrics.csv, the validation's curves, or what of them is not there if it is done again."""
     run.state.history.append(row)
     if not run.accelerator.is_main_process:
         return
-    # Killed after its evaluation, a run evaluates again without a step.
-    logged = logged_tags(run.output_dir, row["step"]) if row["images_per_second"] == 0 else ()
+    logged = logged_tags(run.output_dir, row["step"]) if again else ()
     for name in ("loss", "top1_error", "top5_error"):
         if f"val_{name}" in row and f"val/{name}" not in logged:
             run.writer.add_scalar(f"val/{name}", row[f"val_{name}"], row["step"])
@@ -589,6 +590,7 @@ def log_epoch(run: Run, row: dict[str, float]) -> None:
 
 def logged_tags(folder: Path, step: int) -> set[str]:
     """Of which scalars TensorBoard has a point at a step already."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of steps that come again after a resume
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag for tag in events.Tags()["scalars"] if any(point.step == step for point in events.Scalars(tag))}
 
@@ -771,9 +773,12 @@ def run_epochs(run: Run) -> None:
     clean = BatchTransform(data.mean, data.std)
     batch_size = run.args.batch_size // run.args.grad_accum_steps // run.accelerator.num_processes
     while not finished(run):
+        first = state.step
         row = train_epoch(run)
         whole = state.step == (state.epoch + 1) * run.steps_per_epoch  # not where --max-steps ends inside an epoch
-        save(run, "last.pt")  # whatever becomes of the evaluation; and from inside an epoch a longer run goes on
+        again = state.step == first  # the run was killed in the evaluation
+        if not again:
+            save(run, "last.pt")  # whatever becomes of the evaluation; and from inside an epoch a longer run goes on
         state.epoch += 1
         run.sums.zero_()
         val = None
@@ -784,10 +789,13 @@ def run_epochs(run: Run) -> None:
                 run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers
             )
             if not math.isfinite(val.loss):
-                raise FloatingPointError(f"the validation loss is not finite at step {state.step}, that of last.pt")
+                raise FloatingPointError(
+                    f"the validation loss is not finite at step {state.step}, that of last.pt; go on with --resume "
+                    f"{run.output_dir}/previous.pt --override"
+                )
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
-        log_epoch(run, row)
-        if (whole or not state.best_epoch) and (not val or val.loss < state.best_loss):
+        log_epoch(run, row, again)
+        if (whole or math.isinf(state.best_loss)) and (not val or val.loss < state.best_loss):
             state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
             save(run, "best.pt")
         if whole:
@@ -833,7 +841,7 @@ def main() -> None:
         run.writer.close()
     best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
     accelerator.print(f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time")
-    if len(data.test) or len(data.val):
+    if (len(data.test) or len(data.val)) and (run.output_dir / "best.pt").exists():
         split = "" if len(data.test) else " --split val"
         accelerator.print(f"python evaluate.py {run.output_dir}/best.pt{split}")
     leave(accelerator)

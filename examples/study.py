@@ -20,6 +20,7 @@ import csv
 import importlib.util
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -78,7 +79,8 @@ def train(flags: list[str], folder: Path, data_dir: str) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it was interrupted, too, and saves
+        process.send_signal(signal.SIGINT)  # as a terminal did already
+        process.wait()  # it saves
         raise
     if code:
         raise ValueError(f"train.py ended with code {code}; what it says stands above")
@@ -180,9 +182,9 @@ def main() -> None:
         for variant in args.variants for seed in args.seeds
     }  # fmt: skip
     try:
-        for flag in ("--model", "--model-args", "--dataset"):
+        for flag in ("--model", "--model-args", "--dataset", "--recipe", "--seed"):
             if any(word.partition("=")[0] == flag for word in args.flags):
-                raise ValueError(f"{flag}: the networks are those of VARIANTS, on CIFAR-10; write others there")
+                raise ValueError(f"{flag}: this program chooses it; for other networks write other VARIANTS")
         if args.picture and not args.picture.endswith(".png"):
             raise ValueError(f"picture={args.picture}: expected a name that ends in .png")
         for out in filter(None, (args.csv, args.picture)):

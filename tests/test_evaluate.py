@@ -238,7 +238,8 @@ def test_a_config_that_is_no_network_is_refused(checkpoint, change):
 
 def test_a_disk_that_fails_is_no_damaged_checkpoint(checkpoint, tmp_path, monkeypatch):
     torch.save(checkpoint, tmp_path / "a.pt")
-    for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
+    memory = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError(), memory):
         monkeypatch.setattr(evaluation, "check_archive", lambda file, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             load_checkpoint(tmp_path / "a.pt")

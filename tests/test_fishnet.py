@@ -586,7 +586,7 @@ def test_checkpointing_changes_no_bit_of_training(name, overrides):
 
 
 def test_held_statistics_leave_sync_batch_norm_a_count():
-    """It wants one in training, and a GPU, so that none of the other tests has it."""
+    """It raises without one in training. It needs a GPU to run, so this looks at the count alone."""
     norm = nn.SyncBatchNorm(4)
     with statistics_held(norm):
         norm.num_batches_tracked.add_(1)

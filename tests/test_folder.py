@@ -99,7 +99,8 @@ def rename(old, new):
         (rename("val/banana", "val/.banana"), ValueError, ("train (missing: banana)",)),
         (lambda root: draw(root / "val" / "date" / "0.png"), ValueError, ("train (unknown: date)",)),
         (lambda root: (root / "train" / "fig").symlink_to(root / "gone"), OSError, ("fig: a link to what is not",)),
-        (lambda root: (root / "test").symlink_to(root / "gone"), OSError, ("/test is not there",)),
+        (lambda root: [(root / "test").symlink_to(root / "gone"), (root / "train" / ".#x").symlink_to(root / "gone")],
+         OSError, ("/test is not there",)),
         (lambda root: [draw(root / "test" / name / "0.png") for name in "ab"], ValueError,
          ("/test: ", "missing: apple, banana, cherry leaf; unknown: a, b")),
     ],
@@ -125,6 +126,7 @@ def test_a_subfolder_that_cannot_be_read_is_named(copy, monkeypatch):
         load_data("folder", copy, image_size=32)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its disks refuse such names")
 def test_a_name_that_is_no_utf8_is_printed_with_escapes(copy, monkeypatch):
     (copy / "train" / "apple" / os.fsdecode(b"caf\xe9.png")).write_text("no image")
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
@@ -391,7 +393,7 @@ def test_a_checkpoint_sees_the_files_of_a_folder_as_it_saw_its_dataset(run_train
     code, out, _ = run_evaluate(best, "--json")
     assert code == 0
     code, of_files, _ = run_evaluate(best, "--json", "--dataset", "folder", "--data-dir", tmp_path / "png")
-    assert code == 0 and json.loads(of_files)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-6)
+    assert code == 0 and json.loads(of_files)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-4)
 
 
 def assert_top(top: list[dict], probabilities: torch.Tensor, classes: list[str]) -> None:

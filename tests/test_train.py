@@ -312,7 +312,7 @@ def test_checkpoint_inside_an_epoch(run_train, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [(), ("--max-steps", "9")], ids=["epochs", "max-steps"])
 @pytest.mark.parametrize("failing", ["evaluate", "log_epoch"])
 def test_an_evaluation_that_fails_loses_no_step(run_train, tmp_path, monkeypatch, failing, flags):
-    """The second one does, at once or after TensorBoard has its result; neither is that there twice."""
+    """The second one does, at once or after TensorBoard has its result, which is not written to it again."""
     flags = ("--epochs", "2", *flags, "--resume", "auto")  # 6 steps an epoch
     run_train(tmp_path / "whole", *flags)
     function, calls = getattr(train, failing), iter(range(9))
