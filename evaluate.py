@@ -201,6 +201,7 @@ def workers_released() -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of Python or of torch's CPU allocator, which raises a plain RuntimeError."""
     text = str(error)
     of_torch = isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
     return of_torch or isinstance(error, (torch.OutOfMemoryError, MemoryError))

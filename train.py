@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, tqdm
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -590,6 +589,9 @@ def log_epoch(run: Run, row: dict[str, float], again: bool) -> None:
 
 def logged_tags(folder: Path, step: int) -> set[str]:
     """Of which scalars TensorBoard has a point at a step already."""
+    # Here, since few runs need it: it takes 0.2 s of every start.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of steps that come again after a resume
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag for tag in events.Tags()["scalars"] if any(point.step == step for point in events.Scalars(tag))}

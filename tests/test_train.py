@@ -333,10 +333,14 @@ def test_an_evaluation_that_fails_loses_no_step(run_train, tmp_path, monkeypatch
         assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
 
 
+def validation_losses(monkeypatch, *losses: float) -> None:
+    """What the evaluations of train.py find, one after the other."""
+    losses = iter(losses)
+    monkeypatch.setattr(train, "evaluate", lambda *_: Metrics(next(losses), 0.5, 0.1, 48, (), ()))
+
+
 def test_a_run_from_another_folder_has_a_best_of_its_own(run_train, tmp_path, monkeypatch):
-    losses = iter([2.0, 3.0])
-    fake = lambda *args, **kwargs: Metrics(next(losses), 0.5, 0.1, 48, (), ())  # noqa: E731
-    monkeypatch.setattr(train, "evaluate", fake)
+    validation_losses(monkeypatch, 2.0, 3.0)
     run_train(tmp_path / "a", "--epochs", "2", "--max-steps", "6")
     run_train(tmp_path / "b", "--epochs", "2", "--resume", str(tmp_path / "a" / "last.pt"))
     assert load(tmp_path / "b" / "best.pt")["state"]["epoch"] == 2
@@ -356,9 +360,7 @@ def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, t
 
 
 def test_early_stopping_and_best_by_validation_loss(run_train, tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.1, 9.9])
-    fake = lambda *args, **kwargs: Metrics(next(losses), 0.5, 0.1, 48, (), ())  # noqa: E731
-    monkeypatch.setattr(train, "evaluate", fake)
+    validation_losses(monkeypatch, 3.0, 2.0, 2.5, 2.1, 9.9)
     out = run_train(tmp_path / "run", "--epochs", "9", "--patience", "2")
     assert "best epoch 2, validation loss 2.0000" in out
     assert load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 4
