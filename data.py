@@ -154,7 +154,7 @@ def load_data(
 def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices (train, val) of labels (N,), in their order, with val_fraction of every class in val.
 
-    Unless val_fraction is 0, train gets at least one of every class, and then val does.
+    Unless val_fraction is 0, each class has at least one image in train and, if it has two, one in val.
     """
     generator = torch.Generator().manual_seed(seed)
     in_val = torch.zeros(len(labels), dtype=torch.bool)
@@ -595,7 +595,7 @@ def random_box(height: int, width: int, generator: torch.Generator) -> tuple[int
 
 
 def draw_shapes(count: int, seed: int) -> ImageSet:
-    """`count` images uint8 (N, 3, 32, 32) of ten kinds of figures, as many of each, from a seed.
+    """`count` images uint8 (N, 3, 32, 32) of ten kinds of figures, equally many of each, from a seed.
 
     Each has a rotation, a size, a place, a colour and the background's, all drawn alike for every class, and noise:
     only the form tells the classes apart.

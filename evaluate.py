@@ -109,17 +109,15 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=accelerator.device)  # images, top-1, top-5 hits
 
-    was_training = model.training
-    model.eval()
-    with signals_held():
-        batches = iter(loader)
-    for batch, labels in batches:
-        logits, labels = forward(accelerator, model, batch, transform), labels.to(accelerator.device)
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        hits = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (N, 5), true at most once a row
-        for row, counted in enumerate((torch.ones_like(labels, dtype=torch.bool), hits[:, 0], hits.any(1))):
-            counts[row] += torch.bincount(labels[counted], minlength=num_classes)
-    model.train(was_training)
+    with in_evaluation(model):
+        with signals_held():
+            batches = iter(loader)
+        for batch, labels in batches:
+            logits, labels = forward(accelerator, model, batch, transform), labels.to(accelerator.device)
+            loss += F.cross_entropy(logits, labels, reduction="sum").double()
+            hits = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (N, 5), true at most once a row
+            for row, counted in enumerate((torch.ones_like(labels, dtype=torch.bool), hits[:, 0], hits.any(1))):
+                counts[row] += torch.bincount(labels[counted], minlength=num_classes)
 
     loss, counts = accelerator.reduce(loss, "sum"), accelerator.reduce(counts, "sum")
     class_images, class_hits, _ = counts.tolist()
@@ -146,6 +144,18 @@ class FlipAveraged(nn.Module):
         return (self.model(x).float() + self.model(x.flip(3)).float()) / 2
 
 
+@contextlib.contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within it all modules are in evaluation mode; then each is as it was: some may be frozen in a training model."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def forward(accelerator: Accelerator, model: nn.Module, images: Tensor, transform: BatchTransform) -> Tensor:
     """Logits, float32 (N, classes) on the device, of images uint8 (N, 3, H, W)."""
     images = transform(images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
@@ -159,8 +169,8 @@ def predict(
     accelerator: Accelerator, model: nn.Module, image: Tensor, transform: BatchTransform, classes: list[str]
 ) -> list[tuple[str, float]]:
     """The five most probable classes of an image uint8 (3, H, W), or all if they are fewer, with probabilities."""
-    model.eval()
-    probabilities = forward(accelerator, model, image[None], transform)[0].softmax(0)
+    with in_evaluation(model):
+        probabilities = forward(accelerator, model, image[None], transform)[0].softmax(0)
     top = probabilities.topk(min(5, len(classes)))
     return [(classes[label], p) for label, p in zip(top.indices.tolist(), top.values.tolist())]
 
@@ -325,7 +335,7 @@ def available_cores() -> int:
 
 
 def prepare_cpu(device: torch.device) -> None:
-    """On a CPU: all cores work, and two things that slow PyTorch down several times are switched off."""
+    """On a CPU: all cores work, and two things that cost time are avoided, page faults and tiny numbers."""
     if device.type != "cpu":
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # set by accelerate launch and torchrun: it leaves cores idle
@@ -386,7 +396,7 @@ def main() -> None:
 
     transform = BatchTransform(checkpoint["mean"], checkpoint["std"])
     if args.files:
-        whole = not accelerator.is_main_process or predict_files(args, accelerator, model, checkpoint, transform)
+        whole = predict_files(args, accelerator, model, checkpoint, transform) if accelerator.is_main_process else True
         leave(accelerator)
         sys.exit(0 if whole else 1)
     images, batch_size = getattr(data, args.split), args.batch_size

@@ -34,8 +34,9 @@ Equations and figures are those of [P].
 import contextlib
 import functools
 import re
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -102,12 +103,13 @@ class RepeatChannels(nn.Module):
     proposes for the tail.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, out_channels: int) -> None:
         super().__init__()
-        self.register_buffer("index", torch.arange(out_channels) * in_channels // out_channels, persistent=False)
+        self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.index)
+        channels = torch.arange(self.out_channels, device=x.device) * x.shape[1] // self.out_channels
+        return x.index_select(1, channels)
 
 
 def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
@@ -119,7 +121,7 @@ def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
     if in_channels == out_channels:
         return nn.Identity()
     if kind == "repeat":
-        return RepeatChannels(in_channels, out_channels)
+        return RepeatChannels(out_channels)
     conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     return conv if kind == "conv" else nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv)
 
@@ -313,12 +315,13 @@ class FishNetConfig:
     channels: widths of the stem and of T1, T2, T3 (c1 c2 c3 c4). tail_depths: residual units of T1-T4 (T4 of a FishNet
     has the SE unit besides). body_depths, head_depths: regular units of B4 B3 B2 and of H1-H4; both empty leave the
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
-    tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit
-    after T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts, after a 3x3 convolution if
-    preact; without preact the first of them takes the image, and 0 leaves that convolution, with BN-ReLU. stem_stride:
-    of the first 3x3 convolution. final_norm: BN-ReLU before the last pool. in_channels: of the images. num_classes: of
-    the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1 to 32. transfer_depths: residual units of
-    the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as it is; empty for [S]'s, one M each.
+    tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
+    T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts, after a 3x3 convolution if preact.
+    Without it the first of them takes the image, and 0 means that convolution with BN-ReLU. stem_stride: of the first
+    3x3 convolution, which is 7x7 for 4, so that it sees every pixel. final_norm: BN-ReLU before the last pool.
+    in_channels: of the images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1
+    to 32. transfer_depths: residual units of the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as it
+    is; empty for [S]'s, one M each.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units
@@ -589,6 +592,7 @@ def make_stage(config: FishNetConfig, i: int) -> Stage:
 def make_stem(config: FishNetConfig) -> nn.Sequential:
     """Images (N, in_channels, H, W) -> x1 (N, c1, H/stem_stride, W/stem_stride); no shortcuts here."""
     c1, stride = config.channels[0], config.stem_stride
+    size = 3 if stride < 4 else 7
     if config.structure == "paper":
         layers = []
         for widths, stride in (((config.in_channels, c1 // 2), 2), ((c1 // 2, c1 // 2), 1), ((c1 // 2, c1), 1)):
@@ -596,12 +600,12 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
             layers += [conv, nn.BatchNorm2d(widths[1]), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
     if config.preact or config.stem_depth == 0:
-        first = nn.Conv2d(config.in_channels, c1, 3, stride=stride, padding=1, bias=False)
+        first = nn.Conv2d(config.in_channels, c1, size, stride=stride, padding=size // 2, bias=False)
         if config.preact:
             return nn.Sequential(first, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
         return nn.Sequential(first, nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
     first = bottleneck(config.in_channels, c1, False)
-    first.conv2.stride = (stride, stride)
+    first.conv2 = nn.Conv2d(c1 // 4, c1 // 4, size, stride=stride, padding=size // 2, bias=False)
     return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
 
 
@@ -706,17 +710,24 @@ def create_model(name: str, /, **overrides: object) -> FishNet | ResNet:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-@contextlib.contextmanager
-def statistics_held(module: nn.Module) -> Iterator[None]:
-    """Within it batch norm in training mode normalises as ever, but leaves its running statistics as they are."""
-    held = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)]
-    for norm, _, batches in held:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None if batches is None else batches.clone()  # SyncBatchNorm wants one to count on
-    try:
-        yield
-    finally:
-        for norm, momentum, batches in held:
+class StatisticsHeld:
+    """Within it batch norm in training mode normalises as ever, but leaves its running statistics as they are.
+
+    It can be entered again, as it is by each backward pass through the same graph.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+        self.held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm, _, batches in self.held:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if batches is None else batches.clone()  # SyncBatchNorm wants one
+
+    def __exit__(self, *error: object) -> None:
+        for norm, momentum, batches in self.held:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
@@ -724,7 +735,7 @@ def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tenso
     """forward(x) of a part of a network, whose maps are computed again in the backward pass instead of being kept."""
     if torch.compiler.is_compiling():  # a compiler keeps statistics apart by itself
         return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False)
-    contexts = lambda: (contextlib.nullcontext(), statistics_held(part))  # noqa: E731
+    contexts = lambda: (contextlib.nullcontext(), StatisticsHeld(part))  # noqa: E731
     return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
@@ -838,10 +849,16 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
+    damaged = None
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many kinds, with advice that would run a file's code
         raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
+    if damaged:
+        raise ValueError(f"{path}: damaged, {damaged} in it fails its checksum")
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -867,8 +884,9 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
         name: value.flatten(1) if name == "fc.weight" and value.ndim == 4 else value for name, value in found.items()
     }
     dropped = ""
-    if "fc.weight" in found and found["fc.weight"].shape[1:] == expected["fc.weight"].shape[1:]:
-        theirs, ours = len(found["fc.weight"]), len(expected["fc.weight"])
+    fc = "fc.weight"
+    if fc in found and fc in expected and found[fc].shape[1:] == expected[fc].shape[1:]:
+        theirs, ours = len(found[fc]), len(expected[fc])
         if theirs != ours:
             dropped = f"; the classifier is new: {ours} classes, not {theirs}"
             found |= {name: value for name, value in expected.items() if name.startswith("fc.")}

@@ -25,7 +25,7 @@ fc, besides:
 
     size         side of the stage's output; a tail stage's before its pool.
     blocks       bottlenecks of the stem, residual units of the tail, regular units of body and head.
-    layers       convolutions of blocks and refinement; not those of shortcuts and transfer blocks, nor the classifier.
+    layers       all convolutions but those of shortcuts and transfer blocks; not the classifier.
 
 and the I-convs: the convolutions that a gradient cannot go round, since neither an identity nor a concatenation is
 beside them. [S]'s improvements leave those of the stem alone (fishnet99_direct).
@@ -46,8 +46,8 @@ With --time, for each network and each combination of the flags' values, the med
 
 Settings have a process each. One works at a time, on all cores that it may use, but they hold their memory together.
 
-Source: [S] the slides of S. H. Kim, github.com/crapine1119/fishnet. They print 0.56 GFLOP and 3.00 M parameters for
-ResNet50; 2.53 GFLOP, 17.92 M and 99 layers for FishNet99.
+Sources: [P] the paper, arXiv 1901.03495; [S] the slides of S. H. Kim, github.com/crapine1119/fishnet. They print 0.56
+GFLOP and 3.00 M parameters for ResNet50; 2.53 GFLOP, 17.92 M and 99 layers for FishNet99.
 """
 
 import argparse
@@ -78,6 +78,7 @@ from data import one_line, reader_may_leave
 from evaluate import allow_tf32, available_cores, prepare_cpu
 from fishnet import (
     FishNet,
+    FishNetConfig,
     PostActBottleneck,
     PreActBottleneck,
     ResNet,
@@ -93,7 +94,8 @@ Operator = torch._ops.OpOverloadPacket
 Cost = Callable[[tuple, Tensor], int]  # of an operator's arguments and its output
 
 MACS: dict[Operator, Cost] = {
-    aten.convolution: lambda args, output: output.numel() * args[1].shape[1:].numel(),  # weight (out, in/groups, k, k)
+    # weight (out, in/groups, k, k), or of a transposed convolution, args[6], (in, out/groups, k, k)
+    aten.convolution: lambda args, output: (args[0] if args[6] else output).numel() * args[1].shape[1:].numel(),
     aten.mm: lambda args, output: output.numel() * args[0].shape[1],  # linear without bias
     aten.addmm: lambda args, output: output.numel() * args[1].shape[1],  # linear with bias, which is args[0]
 }
@@ -183,7 +185,9 @@ def make_image(model: nn.Module, size: int | None) -> Tensor:
 
     Another package's network is taken to be made for 224 pixels of 3 channels. ValueError: no sensible size.
     """
-    config = model.config if isinstance(model, (FishNet, ResNet)) else None
+    config = getattr(model, "config", None)  # ours, or that of a wrapper of ours
+    if not isinstance(config, FishNetConfig):
+        config = None
     if size is None:
         size = 32 if config and config.structure == "slides" else 224
     if not 1 <= size <= 2**14:
@@ -461,8 +465,9 @@ def make_settings(args: argparse.Namespace) -> list[Setting]:
     if not args.mixed_precision:
         raise ValueError(f"mixed-precision: expected one or several of {', '.join(DTYPES)}")
     values = [dict.fromkeys(getattr(args, flag) or ["yes"]) for flag in FLAGS]  # a bare flag means yes
-    for precision in {"fp16", "tf32"} & set(args.mixed_precision) if args.device == "cpu" else ():
-        raise ValueError(f"mixed-precision={precision}: a CPU has none, use bf16 or no")
+    missing = {"fp16", "tf32"} & set(args.mixed_precision)
+    if args.device == "cpu" and missing:
+        raise ValueError(f"mixed-precision={min(missing)}: a CPU has none, use bf16 or no")
     if "yes" in values[-1] and not args.train:
         raise ValueError("checkpoint-activations=yes: expected with --train, an evaluation keeps nothing")
     with torch.device("meta"):

@@ -8,11 +8,11 @@
 Prints a progress bar (on a terminal) and a line an epoch. Writes to --output-dir: last.pt and the one before it,
 previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoard events.
 
-A run is a function of its arguments: the order of samples follows from (seed, epoch), the crop of a file from (seed,
-epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate from the step. So last.pt
-holds all that a run is: weights, optimizer, and the few numbers of `RunState`; and a global batch means the same on one
-process or eight. --checkpoint-activations changes only what a step costs. SIGTERM and SIGINT end a run after the step
-it is in, with a checkpoint.
+A run is a function of its arguments and the number of processes: the order of samples follows from (seed, epoch), the
+crop of a file from (seed, epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate
+from the step. So last.pt holds all that a run is: weights, optimizer, and the few numbers of `RunState`; and a global
+batch is of the same images and has the same learning rate on one process or eight. --checkpoint-activations changes
+only what a step costs. SIGTERM and SIGINT end a run after the step it is in, with a checkpoint.
 """
 
 import signal
@@ -94,7 +94,8 @@ RECIPES = {
 
 MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves the scale at each
 
-# What a run's result depends on: a resumed run must agree in them.
+# A resumed run must agree in these. Where it ends (--max-steps, --patience) and how it is computed (--compile,
+# --workers, the number of processes) may change.
 FIXED = (
     "dataset", "val_fraction", "augment", "image_size", "model", "zero_init_last", "epochs", "batch_size",
     "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad",
@@ -122,6 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a FishNet. Defaults are the recipe's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--recipe", choices=RECIPES, default="baseline", help="the defaults of the flags below")
     group = parser.add_argument_group("data")
@@ -165,7 +167,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
     group.add_argument("--override", action="store_true", help="resume though flags changed that the result depends on")
     group.add_argument("--log-every", type=int, default=10, help="steps between TensorBoard points")
-    first = argparse.ArgumentParser(add_help=False)  # so that --help shows the defaults of the recipe
+    # Once for the recipe alone, so that --help shows its defaults.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="baseline")
     parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
     args = parser.parse_args(argv)
@@ -490,7 +493,8 @@ def train_epoch(run: Run) -> dict[str, float]:
             raise FloatingPointError(f"{run.skipped} steps in a row overflowed fp16, to step {state.step + 1}")
         if before:
             require_finite(*before)  # one step late: the device is at work on the next one already
-        before = result[0] if run.skipped else result[0] + norm, state.step, lr
+        value = result[0] if run.skipped else result[0] + norm  # fp16's scaler skips steps whose norm is not finite
+        before = value, state.step, lr
         run.sums += result
         state.step += 1
         bar.update()
@@ -542,7 +546,7 @@ def finished(run: Run) -> bool:
 
 
 def log_gradient_norms(run: Run) -> None:
-    """Of the tail (with the stem), the body and the head (with the classifier): [P]'s claim is that they are alike."""
+    """Of the tail (with the stem), the body and the head (with the classifier), each over all its weights."""
     norms = {"tail": [], "body": [], "head": []}
     for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters():
         part = name.split(".")[0]
@@ -670,10 +674,11 @@ def orthogonalize(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose step for a convolution's weight is orthogonalized, and decoupled weight decay.
 
-    A weight (C_out, C_in, k, k) is a matrix of C_out rows. Most singular values of its step, which are its gradient's
-    in SGD, are near sqrt(max(1, C_out / (C_in k^2))): the directions in which a layer's gradient is small learn as fast
-    as those in which it is large. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes
-    no convolutions, and is slow on a CPU that has no bf16.
+    A weight (C_out, C_in, k, k) is a matrix of C_out rows. Most singular values of its step are near
+    sqrt(max(1, C_out / (C_in k^2))), while those of SGD's step are its gradient's: the directions in which a layer's
+    gradient is small learn as fast as those in which it is large. Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes no convolutions, and is slow on a CPU that has no
+    bf16.
     """
 
     def __init__(self, params: Iterable, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
@@ -740,9 +745,10 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     model = model.to(memory_format=torch.channels_last)
     if args.zero_init_last:
         zero_init_last(model)
-    if args.pretrained:
-        goes_on = f"{args.pretrained}: not read, since the run goes on from {path}"
-        accelerator.print(goes_on if path else load_pretrained(model, args.pretrained))
+    if args.pretrained and path:
+        accelerator.print(f"{args.pretrained}: not read, since the run goes on from {path}")
+    elif args.pretrained:
+        accelerator.print(load_pretrained(model, args.pretrained))
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:

@@ -1,4 +1,4 @@
-"""Do the slides' improvements help? The same short training of small networks that differ in one thing each.
+"""Do the slides' improvements help? The same short training of small networks that differ in what their names say.
 
     python examples/study.py --data-dir data             # trains what runs/study does not hold yet, then the table
     python examples/study.py --seeds 0 -- --compile      # some seeds; after "--": flags for train.py

@@ -201,6 +201,12 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path, own, change, 
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_model_that_is_none_of_ours_is_refused(own):
+    for model in FishNetFPN(create_model("fishnet_tiny")), nn.Linear(3, 2):
+        with pytest.raises(ValueError, match="of its weights do not fit the model"):
+            load_pretrained(model, own[0])
+
+
 def test_a_file_that_is_none_or_runs_code_is_refused(tmp_path):
     class Call:
         def __reduce__(self):
@@ -212,6 +218,12 @@ def test_a_file_that_is_none_or_runs_code_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"file\.pt: not a file of weights"):
             load_pretrained(model, tmp_path / "file.pt")
     assert not (tmp_path / "canary").exists()
+    torch.save(model.state_dict(), tmp_path / "file.pt")
+    content = bytearray((tmp_path / "file.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # of a weight: a checksum no longer fits
+    (tmp_path / "file.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.pt: damaged, file/data/[0-9]+ in it fails its checksum"):
+        load_pretrained(model, tmp_path / "file.pt")
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match=r"text\.pt: not a file of weights"):
         load_pretrained(model, tmp_path / "text.pt")

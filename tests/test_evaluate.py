@@ -18,7 +18,7 @@ from torch import nn
 
 import evaluate as evaluation
 from data import BatchTransform, ImageSet, load_data
-from evaluate import evaluate, load_checkpoint, load_model
+from evaluate import evaluate, load_checkpoint, load_model, predict
 from fishnet import create_model
 
 SIZES, BATCHES = (1, 2, 7, 9, 999), (1, 3, 64)
@@ -89,6 +89,15 @@ def test_top5_with_three_classes_and_mode_is_kept():
     model = Linear(3).train()
     m = evaluate(Accelerator(cpu=True), model, images(20, 3), BatchTransform((0, 0, 0), (1, 1, 1)), 3)
     assert m.top5_error == 0 and model.training
+
+
+def test_modules_are_left_in_the_mode_that_they_had():
+    model = nn.Sequential(nn.BatchNorm2d(3), Linear(3)).train()
+    model[0].eval()  # frozen for fine-tuning
+    evaluate(Accelerator(cpu=True), model, images(20, 3), BatchTransform((0, 0, 0), (1, 1, 1)), 3)
+    assert [module.training for module in model] == [False, True]
+    predict(Accelerator(cpu=True), model, images(1, 3).images[0], BatchTransform((0, 0, 0), (1, 1, 1)), list("abc"))
+    assert [module.training for module in model] == [False, True]
 
 
 def test_a_class_without_images_has_no_errors():

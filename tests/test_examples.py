@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from fishnet import create_model
-from flops import count, make_step
+from flops import count, make_image, make_step
 
 
 def write_run(folder, error, norms):
@@ -132,6 +132,7 @@ def test_the_plain_network_is_ours(monkeypatch):
     theirs.model.load_state_dict(ours.state_dict())
     torch.testing.assert_close(theirs(images), expected)
     assert all(weight.is_contiguous() for weight in theirs.parameters())
+    assert make_image(theirs, None).shape[-1] == 32  # as large as ours when it is timed
 
 
 def test_the_roofline_counts_a_steps_arithmetic_and_bytes():

@@ -149,22 +149,6 @@ def test_a_directory_in_use_is_refused(run_train, tmp_path):
     run_train(tmp_path, "--epochs", "1", "--max-steps", "1")
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(run_train, tmp_path, monkeypatch):
-    run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "2")
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    write = train.write_atomic
-
-    def disk_full(path, *arguments):
-        if path.suffix == ".pt":
-            raise OSError(28, "No space left on device", str(path))
-        write(path, *arguments)
-
-    monkeypatch.setattr(train, "write_atomic", disk_full)
-    with pytest.raises(SystemExit, match=r"^train.py: .*No space left on device.*--resume auto\.$"):
-        run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
-
-
 def test_a_write_that_the_kernel_refuses_is_one_line_and_leaves_the_checkpoint(run_train, tiny_dir, tmp_path):
     """A file may not grow beyond half a checkpoint."""
     flags = (*TINY, "--data-dir", str(tiny_dir), "--epochs", "2")

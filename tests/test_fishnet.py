@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fishnet import (
     FishNetConfig,
+    StatisticsHeld,
     channel_plan,
     channel_sum,
     checkpoint_activations,
     create_model,
     model_names,
-    statistics_held,
 )
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -77,6 +77,7 @@ def reference(
     """Train-mode logits of the slides' networks, written straight down; it makes its weights when it meets a shape."""
     c1, c2, c3, c4 = channels
     activate_sum = (lambda x: x) if preact else torch.relu
+    first = 7 if stem_stride == 4 else 3  # the side of the first kernel
 
     def norm(x):
         x = x - x.mean((0, 2, 3), keepdim=True)
@@ -86,13 +87,13 @@ def reference(
         padding = (kernel - 1) // 2 * dilation
         return F.conv2d(x, weight(out, x.shape[1], kernel, kernel), None, stride, padding, dilation)
 
-    def m(x, out, dilation=1, stride=1):
+    def m(x, out, dilation=1, stride=1, kernel=3):
         if preact:
             x = conv(norm(x).relu(), out // 4)
             x = conv(norm(x).relu(), out // 4, 3, dilation)
             return conv(norm(x).relu(), out)
         x = norm(conv(x, out // 4)).relu()
-        x = norm(conv(x, out // 4, 3, dilation, stride)).relu()
+        x = norm(conv(x, out // 4, kernel, dilation, stride)).relu()
         return norm(conv(x, out))
 
     def units(x, out, depth, dilation=1):
@@ -125,11 +126,11 @@ def reference(
         return (norm(x).relu() if final_norm else x).mean((2, 3))
 
     if preact:
-        x1 = conv(x, c1, 3, stride=stem_stride)
+        x1 = conv(x, c1, first, stride=stem_stride)
     elif stem_depth:
-        x1 = m(x, c1, stride=stem_stride)
+        x1 = m(x, c1, stride=stem_stride, kernel=first)
     else:
-        x1 = norm(conv(x, c1, 3, stride=stem_stride)).relu()
+        x1 = norm(conv(x, c1, first, stride=stem_stride)).relu()
     for _ in range(stem_depth if preact else stem_depth - 1):
         x1 = m(x1, c1)
     x2 = pool(units(x1, c2, tail[0]))
@@ -168,7 +169,9 @@ CASES = {
     "stem of one convolution, post-activation": {"stem_depth": 0, "stem_stride": 2, "preact": False},
     "stem of three bottlenecks": {"stem_depth": 3, "preact": False},
     "stem 2, 7 classes": {"stem_stride": 2, "num_classes": 7},
+    "stem 4": {"stem_stride": 4},
     "stem 4, post-activation": {"stem_stride": 4, "preact": False},
+    "stem 4 of one convolution, post-activation": {"stem_depth": 0, "stem_stride": 4, "preact": False},
     "final norm": {"final_norm": True},
     "repeat": {"tail_shortcut": "repeat"},  # 8 -> 18 -> 24 -> 32: not multiples
     "repeat, doubled": {"tail_shortcut": "repeat", "channels": (8, 16, 32, 64)},
@@ -418,6 +421,24 @@ def test_images_that_do_not_fit(name, shape, fragments):
 # ------------------------------------------------------------------------------------------------------------ behaviour
 
 
+@pytest.mark.parametrize("overrides", [{}, {"preact": False}, {"preact": False, "stem_depth": 2}])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_stem_sees_every_pixel(stride, overrides):
+    stem = create_model("fishnet_tiny", stem_stride=stride, **overrides).stem.double()
+    images = torch.rand(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    stem(images).square().sum().backward()
+    assert images.grad.abs().amin() > 0
+
+
+def test_a_network_made_without_memory_has_all_it_needs_in_its_state_dict():
+    source = create_model("fishnet99_direct", **narrow("fishnet99_direct")).eval()
+    with torch.device("meta"):
+        model = create_model("fishnet99_direct", **narrow("fishnet99_direct")).eval()
+    model.load_state_dict(source.state_dict(), assign=True)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(images), source(images))
+
+
 @pytest.mark.parametrize("preact", [True, False])
 def test_body_and_head_have_no_convolution_in_the_way(preact):
     """With every M of body and head silent, what the tail found still arrives: summed, copied, pooled, concatenated."""
@@ -585,10 +606,20 @@ def test_checkpointing_changes_no_bit_of_training(name, overrides):
     assert {int(value) for value in batches} == {0, 3}
 
 
+def test_checkpointing_allows_several_backward_passes():
+    results = []
+    for model in twins("fishnet_tiny"):
+        logits = model(torch.rand(4, 3, 32, 32, dtype=torch.double, generator=torch.Generator().manual_seed(0)))
+        logits[:, 0].sum().backward(retain_graph=True)
+        logits[:, 1].sum().backward()
+        results += [[p.grad for p in model.parameters()] + list(model.buffers())]
+    assert all(map(torch.equal, *results))
+
+
 def test_held_statistics_leave_sync_batch_norm_a_count():
     """It raises without one in training. It needs a GPU to run, so this looks at the count alone."""
     norm = nn.SyncBatchNorm(4)
-    with statistics_held(norm):
+    with StatisticsHeld(norm):
         norm.num_batches_tracked.add_(1)
     assert norm.num_batches_tracked == 0 and norm.momentum == 0.1
 

@@ -73,6 +73,14 @@ def test_macs_are_those_of_pytorchs_counter(name, image_size):
     assert 2 * flops.count(model, image_size).macs == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_macs_of_a_transposed_convolution_are_those_of_pytorchs_counter(groups):
+    net, x = nn.ConvTranspose2d(16, 8, 3, stride=2, groups=groups, bias=False), torch.rand(1, 16, 5, 6)
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    assert 2 * flops.measure(net, x).macs == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_small_net_by_hand(inplace):
     net = nn.Sequential(

@@ -458,7 +458,7 @@ def test_two_processes_train_like_one(cifar_dir, tmp_path):
     same 16 images together as each of two processes does, and sees the same pixels. Running statistics are left out:
     they are the first process's, while one process updates them twice a step. The steps are small: the last bits in
     which the sums differ grow tenfold a step at high learning rates, whatever computes them."""
-    flags = ("--epochs", "4", "--max-steps", "20", "--lr", "2e-4", "--clip-grad", "1")
+    flags = ("--epochs", "4", "--max-steps", "20", "--lr", "2e-4", "--clip-grad", "1", "--augment", "slides")
     for name, processes, more in (("one", 1, ("--grad-accum-steps", "2")), ("two", 2, ())):
         process = start_train(cifar_dir, tmp_path / name, *flags, *more, processes=processes)
         out = process.communicate()[0]
