@@ -720,7 +720,7 @@ def crop_and_resize(images: Tensor, top: Tensor, left: Tensor, side: Tensor, siz
         triangle = (1 - (pixels[:, None] - centres[:, :, None]).abs_()).clamp_(min=0)
         return triangle.div_(triangle.sum(-1, keepdim=True))
 
-    top, left, side = (t.to(images.device, images.dtype) for t in (top, left, side))
+    top, left, side = (t.to(images.device, images.dtype, non_blocking=True) for t in (top, left, side))
     columns = images.reshape(n, channels * height, width) @ weights(left, width).mT  # (N, C * H, size)
     return weights(top, height)[:, None] @ columns.view(n, channels, height, size)
 
@@ -749,7 +749,8 @@ class RandomCrop:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         n, _, height, width = images.shape
-        shift = torch.randint(2 * self.padding + 1, (2, n, 1), generator=generator).to(images.device)
+        shift = torch.randint(2 * self.padding + 1, (2, n, 1), generator=generator)
+        shift = shift.to(images.device, non_blocking=True)
         padded = torch.nn.functional.pad(images, [self.padding] * 4)
         rows = shift[0] + torch.arange(height, device=images.device)  # (N, H)
         columns = shift[1] + torch.arange(width, device=images.device)  # (N, W)
@@ -764,7 +765,7 @@ class RandomHorizontalFlip:
     p: float = 0.5
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        flip = (torch.rand(len(images), generator=generator) < self.p).to(images.device)
+        flip = (torch.rand(len(images), generator=generator) < self.p).to(images.device, non_blocking=True)
         return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
@@ -781,7 +782,7 @@ class Cutout:
         n, _, height, width = images.shape
 
         def inside(size: int) -> Tensor:  # (N, size): rows or columns of the square
-            centre = torch.randint(size, (n, 1), generator=generator).to(images.device)
+            centre = torch.randint(size, (n, 1), generator=generator).to(images.device, non_blocking=True)
             offset = torch.arange(size, device=images.device) - centre + self.side // 2
             return (offset >= 0) & (offset < self.side)
 
@@ -816,22 +817,27 @@ class FancyPCA:
         alpha = torch.randn(n, 3, generator=generator) * self.std
         apply = torch.rand(n, 1, generator=generator) < self.p
         shift = (apply * alpha * self.eigenvalues) @ self.eigenvectors.T  # (N, 3)
-        return images + shift.view(*images.shape[:-3], 3, 1, 1).to(images.device, images.dtype)
+        shift = shift.view(*images.shape[:-3], 3, 1, 1)
+        return images + shift.to(images.device, images.dtype, non_blocking=True)
 
 
 class BatchTransform:
-    """uint8 (N, 3, H, W) -> [0, 1] -> the transforms, in order -> (x - mean) / std, float32 (N, 3, H', W')."""
+    """uint8 (N, 3, H, W) -> [0, 1] -> the transforms, in order -> (x - mean) / std, float32 (N, 3, H', W').
+
+    It works where the images are, with numbers drawn on the CPU, and never waits for a GPU.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], transforms: Sequence[Transform] = ()) -> None:
-        self.mean = list(mean)
-        self.std = list(std)
+        self.mean_std = torch.tensor([list(mean), list(std)]).view(2, 3, 1, 1)
         self.transforms = transforms
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         images = TF.to_dtype(images, torch.float32, scale=True)
         for transform in self.transforms:
             images = transform(images, generator)
-        return TF.normalize(images, self.mean, self.std, inplace=True)
+        self.mean_std = self.mean_std.to(images.device)  # at the first batch
+        mean, std = self.mean_std
+        return images.sub_(mean).div_(std)
 
 
 AUGMENTS = ("slides", "standard", "cutout", "none")

@@ -116,8 +116,8 @@ def evaluate(
             logits, labels = forward(accelerator, model, batch, transform), labels.to(accelerator.device)
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
             hits = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (N, 5), true at most once a row
-            for row, counted in enumerate((torch.ones_like(labels, dtype=torch.bool), hits[:, 0], hits.any(1))):
-                counts[row] += torch.bincount(labels[counted], minlength=num_classes)
+            counted = torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)])  # (3, N)
+            counts.index_add_(1, labels, counted)
 
     loss, counts = accelerator.reduce(loss, "sum"), accelerator.reduce(counts, "sum")
     class_images, class_hits, _ = counts.tolist()

@@ -225,7 +225,7 @@ def channel_sum(x: Tensor, k: int) -> Tensor:
         return x
     if k < 1 or x.shape[1] % k:
         raise ValueError(f"k={k}: expected a divisor of the number of channels, {x.shape[1]}")
-    return x.unflatten(1, (x.shape[1] // k, k)).sum(2)
+    return x.unflatten(1, (x.shape[1] // k, k)).sum(2, dtype=x.dtype)  # autocast on a GPU would make it float32
 
 
 class Refine(nn.Module):
@@ -272,7 +272,8 @@ class Stage(nn.Module):
         if skip is not None:
             x = torch.cat([x, self.transfer(skip)], dim=1)
         refined = self.refine(x)
-        return StageMaps(x, refined, self.resample(refined))
+        # Autocast on a GPU upsamples in float32.
+        return StageMaps(x, refined, self.resample(refined).to(refined.dtype))
 
 
 # --------------------------------------------------------------------------------------------------- configuration

@@ -373,6 +373,8 @@ def work(pipe: Connection, setting: Setting) -> None:
         step()  # a compiler does its work here
         first, *_, last = step()
         steps = max(1, round(0.2 / (last - first)))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # not that of a compiler's trials
         pipe.send(time.perf_counter() - started)
         while True:
             pipe.recv()

@@ -32,7 +32,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -41,7 +42,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, tqdm
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    broadcast,
+    broadcast_object_list,
+    tqdm,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -480,7 +487,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     run.data.train.epoch = None if args.augment == "none" else state.epoch  # before the workers get their copies
     started, run.data_seconds = time.perf_counter(), 0.0
     batches = iter(run.loader)
-    before = None
+    unchecked = []  # of the last steps: what must be finite, the step, its learning rate
     while state.step < end:
         lr = learning_rate(args, state.step, steps)
         result, norm = train_step(run, batches, lr)
@@ -491,20 +498,20 @@ def train_epoch(run: Run) -> dict[str, float]:
         run.skipped = run.skipped + 1 if accelerator.optimizer_step_was_skipped else 0
         if run.skipped > MAX_SKIPPED:
             raise FloatingPointError(f"{run.skipped} steps in a row overflowed fp16, to step {state.step + 1}")
-        if before:
-            require_finite(*before)  # one step late: the device is at work on the next one already
         value = result[0] if run.skipped else result[0] + norm  # fp16's scaler skips steps whose norm is not finite
-        before = value, state.step, lr
+        unchecked.append((value, state.step, lr))
         run.sums += result
         state.step += 1
         bar.update()
-        if state.step % args.log_every == 0 or state.step == end:
-            seconds = time.perf_counter() - started
-            log_step(run, bar, result, lr, (state.step - first) * args.batch_size / seconds, run.data_seconds / seconds)
+        shown = state.step % args.log_every == 0 or state.step == end
         stopped = run.stop.agreed(accelerator)
         due = args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end
-        if stopped or due or state.step == end:
-            require_finite(*before)
+        if shown or stopped or due:  # seldom, since it waits for the device; and before anything is saved
+            require_finite(unchecked)
+            unchecked.clear()
+        if shown:
+            seconds = time.perf_counter() - started
+            log_step(run, bar, result, lr, (state.step - first) * args.batch_size / seconds, run.data_seconds / seconds)
         if stopped:
             bar.close()
             save(run, "last.pt")
@@ -522,9 +529,10 @@ def train_epoch(run: Run) -> dict[str, float]:
     }  # fmt: skip
 
 
-def require_finite(value: Tensor, step: int, lr: float) -> None:
-    if not value.isfinite():
-        raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1}, learning rate {lr:g}")
+def require_finite(steps: list[tuple[Tensor, int, float]]) -> None:
+    for finite, (_, step, lr) in zip(torch.stack([value for value, *_ in steps]).isfinite().tolist(), steps):
+        if not finite:
+            raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1}, learning rate {lr:g}")
 
 
 def leave_on_signal(run: Run, number: int) -> None:
@@ -618,7 +626,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     allow_tf32(tf32)
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # but before an evaluation
         step_scheduler_with_optimizer=False,
         dynamo_backend="no",  # whatever accelerate launch says: --compile compiles in place
     )
@@ -652,21 +661,21 @@ def lock_output_dir(folder: Path) -> TextIO:
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """A matrix with the singular vectors of x and singular values near 1: three Newton-Schulz steps.
+    """Matrices with the singular vectors of x and singular values near 1: three Newton-Schulz steps.
 
     They take a singular value s of x / |x|, |x| the Frobenius norm, to p(p(p(s))), p(s) = 3.4445 s - 4.775 s^3 +
     2.0315 s^5, which is 0.68 to 1.21 for s over 0.02 and 41 s near 0. Two steps more, as is usual, would take smaller
-    values to 1, too. (M, N) -> (M, N); 0 stays 0.
+    values to 1, too. (L, M, N) -> (L, M, N), L matrices; 0 stays 0.
     """
-    if x.shape[0] > x.shape[1]:
-        return orthogonalize(x.T).T  # the products are of the shorter side
-    x = x / x.norm().clamp(min=1e-12)
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT  # the products are of the shorter side
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     # Each step is a product of x with a polynomial of x x^T, all of which commute: only the last product is with x.
-    gram, product = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)  # (M, M)
+    gram, product = x @ x.mT, None  # (L, M, M)
     for _ in range(3):
-        factor = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        factor.diagonal().add_(3.4445)
-        product = factor @ product
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = factor if product is None else factor @ product
         gram = factor @ gram @ factor
     return product @ x
 
@@ -689,19 +698,32 @@ class Muon(torch.optim.Optimizer):
         """From the gradients that there are; takes no closure."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].mul_(momentum).add_(p.grad)
-                update = p.grad.add(buffer, alpha=momentum)
-                if p.ndim == 4:
-                    matrix = update.flatten(1)
-                    rows, columns = matrix.shape
-                    update = orthogonalize(matrix).mul(max(1, rows / columns) ** 0.5).view_as(p)
-                p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr)
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            gradients, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            # For all weights at once, as torch.optim does it: a GPU would wait for so many small operations.
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, gradients)
+            updates = self.orthogonalized(torch._foreach_add(gradients, buffers, alpha=momentum))
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(params, updates, alpha=lr)
+
+    @staticmethod
+    def orthogonalized(updates: Sequence[Tensor]) -> list[Tensor]:
+        """The updates, those of convolutions orthogonalized: together where their shapes are the same."""
+        alike = defaultdict(list)
+        for i, update in enumerate(updates):
+            if update.ndim == 4:
+                alike[len(update), update.numel() // len(update)].append(i)
+        updates = list(updates)
+        for (rows, columns), indices in alike.items():
+            matrices = torch.stack([updates[i].flatten(1) for i in indices])
+            matrices = orthogonalize(matrices).mul(max(1, rows / columns) ** 0.5)
+            for i, matrix in zip(indices, matrices):
+                updates[i] = matrix.view_as(updates[i])
+        return updates
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 import data
@@ -422,6 +423,16 @@ def test_every_image_of_a_batch_has_its_own_draws(augment):
     images = random_images(1).expand(100, -1, -1, -1)
     transform = BatchTransform((0, 0, 0), (1, 1, 1), data.train_transforms(augment, as_set(images)))
     assert len(transform(images, seeded_generator(0)).flatten(1).unique(dim=0)) > 60
+
+
+@pytest.mark.parametrize("augment", ["slides", "standard", "cutout"])
+def test_a_gpus_images_stay_there(augment):
+    """A fake GPU knows shapes, types and devices, and refuses what would have to wait for values."""
+    transforms = data.train_transforms(augment, as_set(random_images(8)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        output = BatchTransform((0, 0, 0), (1, 1, 1), transforms)(images, torch.Generator())
+    assert (output.device.type, output.dtype, output.shape) == ("cuda", torch.float32, images.shape)
 
 
 # ------------------------------------------------------------------------------------------------- geometric transforms

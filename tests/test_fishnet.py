@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fishnet import (
     FishNetConfig,
+    Stage,
     StatisticsHeld,
     channel_plan,
     channel_sum,
@@ -428,6 +430,24 @@ def test_the_stem_sees_every_pixel(stride, overrides):
     images = torch.rand(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     stem(images).square().sum().backward()
     assert images.grad.abs().amin() > 0
+
+
+@pytest.mark.parametrize("name", ["fishnet99", "fishnet_tiny", "fishnet99_imagenet"])
+def test_half_precision_on_a_gpu_is_half_precision_everywhere(name):
+    """There autocast makes sums and upsampled maps float32. A fake GPU knows shapes, types and devices."""
+    found = []
+    with FakeTensorMode(), torch.device("cuda"):
+        model = create_model(name)
+        for module in model.modules():
+            if isinstance(module, Stage):
+                module.register_forward_hook(lambda stage, inputs, maps: found.extend(maps))
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast would not without a GPU
+        try:
+            model(torch.empty(2, 3, 64, 64))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert len(found) == 21 and {(x.device.type, x.dtype) for x in found} == {("cuda", torch.bfloat16)}
 
 
 def test_a_network_made_without_memory_has_all_it_needs_in_its_state_dict():

@@ -114,29 +114,33 @@ def orthogonalized(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
 def test_orthogonalize_is_of_the_singular_values(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    np.testing.assert_allclose(train.orthogonalize(x), orthogonalized(x.numpy()), rtol=0, atol=1e-5)
-    assert not train.orthogonalize(torch.zeros(shape)).any()
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    x[1] *= 1e-3
+    result = train.orthogonalize(x)
+    np.testing.assert_allclose(result, [orthogonalized(matrix.numpy()) for matrix in x], rtol=0, atol=1e-5)
+    assert not train.orthogonalize(torch.zeros(1, *shape)).any()
     if shape != (16, 16):  # whose smallest singular value is too small for three steps
-        values = torch.linalg.svdvals(train.orthogonalize(x))
+        values = torch.linalg.svdvals(result)
         assert values.min() > 0.68 and values.max() < 1.21
 
 
 def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
     torch.manual_seed(0)
-    convs = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 1)  # tall, wide, 1 x 1
-    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(256, 4)).to(memory_format=torch.channels_last)
+    # Tall, wide, 1 x 1 and two of one shape.
+    shapes = (3, 32, 3), (32, 8, 3), (8, 16, 1), (16, 16, 1), (16, 16, 1)
+    layers = [layer for shape in shapes for layer in (nn.Conv2d(*shape), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 4)).to(memory_format=torch.channels_last)
     optimizer = train.make_optimizer(train.parse_args(["--opt", "muon", "--lr", "0.1", "--weight-decay", "0.5"]), model)
     convs = [p for p in model.parameters() if p.ndim == 4]
     others = [p for p in model.parameters() if p.ndim != 4]
     twins = [p.detach().clone().requires_grad_() for p in others]
     sgd = torch.optim.SGD(twins, 0.1, 0.9, nesterov=True)
     expected = [p.detach().numpy().astype(np.float64).reshape(len(p), -1) for p in convs]
-    momenta = [0.0] * 3
+    momenta = [0.0] * 5
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(4, 3, 8, 8)).square().mean().backward()
-        for i, scale in enumerate(((32 / 27) ** 0.5, 1, 2**0.5)):
+        for i, scale in enumerate(((32 / 27) ** 0.5, 1, 2**0.5, 1, 1)):
             gradient = convs[i].grad.numpy().reshape(expected[i].shape)
             momenta[i] = 0.9 * momenta[i] + gradient
             update = scale * orthogonalized(gradient + 0.9 * momenta[i])
