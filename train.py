@@ -504,7 +504,8 @@ def train_epoch(run: Run) -> dict[str, float]:
         state.step += 1
         bar.update()
         shown = state.step % args.log_every == 0 or state.step == end
-        stopped = run.stop.agreed(accelerator)
+        asked = shown or accelerator.num_processes == 1 or accelerator.device.type == "cpu"
+        stopped = run.stop.agreed(accelerator) if asked else 0  # several GPUs would have to be waited for
         due = args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end
         if shown or stopped or due:  # seldom, since it waits for the device; and before anything is saved
             require_finite(unchecked)
