@@ -42,13 +42,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    broadcast,
-    broadcast_object_list,
-    tqdm,
-)
+from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -628,7 +622,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # but before an evaluation
         step_scheduler_with_optimizer=False,
         dynamo_backend="no",  # whatever accelerate launch says: --compile compiles in place
     )
