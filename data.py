@@ -824,7 +824,7 @@ class FancyPCA:
 class BatchTransform:
     """uint8 (N, 3, H, W) -> [0, 1] -> the transforms, in order -> (x - mean) / std, float32 (N, 3, H', W').
 
-    It works where the images are, with numbers drawn on the CPU, and never waits for a GPU.
+    It works where the images are, with numbers drawn on the CPU, and asks a GPU for no values.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], transforms: Sequence[Transform] = ()) -> None:

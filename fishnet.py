@@ -318,7 +318,7 @@ class FishNetConfig:
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
     tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
     T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts, after a 3x3 convolution if preact.
-    Without it the first of them takes the image, and 0 means that convolution with BN-ReLU. stem_stride: of the first
+    Without it the first of them takes the image, and 0 leaves a 3x3 convolution with BN-ReLU. stem_stride: of the first
     3x3 convolution, which is 7x7 for 4, so that it sees every pixel. final_norm: BN-ReLU before the last pool.
     in_channels: of the images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1
     to 32. transfer_depths: residual units of the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as it
@@ -606,7 +606,9 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
             return nn.Sequential(first, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
         return nn.Sequential(first, nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
     first = bottleneck(config.in_channels, c1, False)
-    first.conv2 = nn.Conv2d(c1 // 4, c1 // 4, size, stride=stride, padding=size // 2, bias=False)
+    first.conv2.stride = (stride, stride)
+    if stride == 4:
+        first.conv2 = nn.Conv2d(c1 // 4, c1 // 4, size, stride=stride, padding=size // 2, bias=False)
     return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
 
 
@@ -840,6 +842,14 @@ def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, st
         raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {shown}")
 
 
+def damaged_record(path: Path) -> str | None:
+    """The first part of an archive of torch.save that fails its checksum, at which torch.load does not look."""
+    if not zipfile.is_zipfile(path):
+        return None  # files from before PyTorch 1.6 have no checksums
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
 def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     """Weights from a file of [O] (plain or "welltrained"), of pytorchcv, or of this project; returns what matched.
 
@@ -850,12 +860,9 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-    damaged = None
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load does not look at checksums
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = damaged_record(path)
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many kinds, with advice that would run a file's code
         raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
     if damaged:

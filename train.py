@@ -12,7 +12,8 @@ A run is a function of its arguments and the number of processes: the order of s
 crop of a file from (seed, epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate
 from the step. So last.pt holds all that a run is: weights, optimizer, and the few numbers of `RunState`; and a global
 batch is of the same images and has the same learning rate on one process or eight. --checkpoint-activations changes
-only what a step costs. SIGTERM and SIGINT end a run after the step it is in, with a checkpoint.
+only what a step costs. SIGTERM and SIGINT end a run after the step it is in (on several GPUs after --log-every steps at
+most), with a checkpoint.
 """
 
 import signal
@@ -167,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--checkpoint-every", type=int, default=0, help="steps between saves of last.pt inside an epoch")
     group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
     group.add_argument("--override", action="store_true", help="resume though flags changed that the result depends on")
-    group.add_argument("--log-every", type=int, default=10, help="steps between TensorBoard points")
+    group.add_argument("--log-every", type=int, default=10, help="steps between TensorBoard points and checks")
     # Once for the recipe alone, so that --help shows its defaults.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="baseline")
@@ -269,7 +270,7 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
 
 
 class StopSignal:
-    """SIGTERM or SIGINT: before training it ends the program at once, in training after the step (or evaluation)."""
+    """SIGTERM or SIGINT: before training it ends the program at once, in training after a step (or an evaluation)."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -661,17 +662,17 @@ def orthogonalize(x: Tensor) -> Tensor:
     2.0315 s^5, which is 0.68 to 1.21 for s over 0.02 and 41 s near 0. Two steps more, as is usual, would take smaller
     values to 1, too. (L, M, N) -> (L, M, N), L matrices; 0 stays 0.
     """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT  # the products are of the shorter side
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     # Each step is a product of x with a polynomial of x x^T, all of which commute: only the last product is with x.
-    gram, product = x @ x.mT, None  # (L, M, M)
+    # Or of x^T x, if that is smaller.
+    tall = x.shape[1] > x.shape[2]
+    gram, product = x.mT @ x if tall else x @ x.mT, None  # (L, min(M, N), min(M, N))
     for _ in range(3):
         factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         product = factor if product is None else factor @ product
         gram = factor @ gram @ factor
-    return product @ x
+    return x @ product if tall else product @ x
 
 
 class Muon(torch.optim.Optimizer):
@@ -693,6 +694,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             for p in params:
                 if self.state[p].get("momentum_buffer") is None:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -706,17 +709,21 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonalized(updates: Sequence[Tensor]) -> list[Tensor]:
-        """The updates, those of convolutions orthogonalized: together where their shapes are the same."""
+        """The updates, those of convolutions orthogonalized: together where their shapes are the same.
+
+        The columns are in the order of channels_last, which is that of the weights.
+        """
         alike = defaultdict(list)
         for i, update in enumerate(updates):
             if update.ndim == 4:
-                alike[len(update), update.numel() // len(update)].append(i)
+                alike[update.shape].append(i)
         updates = list(updates)
-        for (rows, columns), indices in alike.items():
-            matrices = torch.stack([updates[i].flatten(1) for i in indices])
-            matrices = orthogonalize(matrices).mul(max(1, rows / columns) ** 0.5)
+        for (rows, channels, *kernel), indices in alike.items():
+            matrices = torch.stack([updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices])
+            scale = max(1, rows / matrices.shape[2]) ** 0.5
+            matrices = (orthogonalize(matrices) * scale).unflatten(2, (*kernel, channels))  # (L, C_out, k, k, C_in)
             for i, matrix in zip(indices, matrices):
-                updates[i] = matrix.view_as(updates[i])
+                updates[i] = matrix.permute(0, 3, 1, 2)
         return updates
 
 

@@ -427,7 +427,7 @@ def test_every_image_of_a_batch_has_its_own_draws(augment):
 
 @pytest.mark.parametrize("augment", ["slides", "standard", "cutout"])
 def test_a_gpus_images_stay_there(augment):
-    """A fake GPU knows shapes, types and devices, and refuses what would have to wait for values."""
+    """A fake GPU knows shapes, types and devices, and refuses to tell values."""
     transforms = data.train_transforms(augment, as_set(random_images(8)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="cuda")

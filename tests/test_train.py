@@ -124,6 +124,20 @@ def test_orthogonalize_is_of_the_singular_values(shape):
         assert values.min() > 0.68 and values.max() < 1.21
 
 
+def test_muon_leaves_what_has_no_gradient():
+    frozen, weight = nn.Parameter(torch.ones(2, 2, 1, 1)), nn.Parameter(torch.ones(2))
+    optimizer = train.Muon([{"params": [frozen]}, {"params": [weight]}], lr=0.1, weight_decay=0.5)
+    weight.sum().backward()
+    optimizer.step()
+    assert frozen.eq(1).all() and weight.ne(1).all()
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+    train.require_finite([(torch.tensor(1.0), 2, 0.1)])
+    with pytest.raises(FloatingPointError, match=r"at step 5, learning rate 0\.2$"):
+        train.require_finite([(torch.tensor(v), s, s / 20) for v, s in ((1.0, 3), (math.nan, 4), (math.inf, 5))])
+
+
 def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
     torch.manual_seed(0)
     # Tall, wide, 1 x 1 and two of one shape.
@@ -226,6 +240,7 @@ def test_resume_of_two_processes_is_exact(tiny_dir, tmp_path):
 import sys
 from pathlib import Path
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+import data
 import train
 from test_train import keep_every_step
 keep_every_step(Path("run"))
