@@ -593,21 +593,22 @@ def make_stage(config: FishNetConfig, i: int) -> Stage:
 def make_stem(config: FishNetConfig) -> nn.Sequential:
     """Images (N, in_channels, H, W) -> x1 (N, c1, H/stem_stride, W/stem_stride); no shortcuts here."""
     c1, stride = config.channels[0], config.stem_stride
-    size = 3 if stride < 4 else 7
     if config.structure == "paper":
         layers = []
         for widths, stride in (((config.in_channels, c1 // 2), 2), ((c1 // 2, c1 // 2), 1), ((c1 // 2, c1), 1)):
             conv = nn.Conv2d(*widths, 3, stride=stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(widths[1]), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
+    size = 3 if stride < 4 else 7
     if config.preact or config.stem_depth == 0:
         first = nn.Conv2d(config.in_channels, c1, size, stride=stride, padding=size // 2, bias=False)
         if config.preact:
             return nn.Sequential(first, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
         return nn.Sequential(first, nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
     first = bottleneck(config.in_channels, c1, False)
-    first.conv2.stride = (stride, stride)
-    if stride == 4:
+    if stride < 4:
+        first.conv2.stride = (stride, stride)
+    else:
         first.conv2 = nn.Conv2d(c1 // 4, c1 // 4, size, stride=stride, padding=size // 2, bias=False)
     return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
 
@@ -888,11 +889,10 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     found = {name: content[theirs] for name, theirs in names.items()}
 
     expected = model.state_dict()
-    found = {  # a classifier of [O] is a 1x1 convolution
-        name: value.flatten(1) if name == "fc.weight" and value.ndim == 4 else value for name, value in found.items()
-    }
-    dropped = ""
     fc = "fc.weight"
+    if fc in found and found[fc].ndim == 4:
+        found[fc] = found[fc].flatten(1)  # a classifier of [O] is a 1x1 convolution
+    dropped = ""
     if fc in found and fc in expected and found[fc].shape[1:] == expected[fc].shape[1:]:
         theirs, ours = len(found[fc]), len(expected[fc])
         if theirs != ours:

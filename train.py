@@ -285,10 +285,15 @@ class StopSignal:
                 signal.signal(again, signal.SIG_DFL)
             sys.exit(128 + number)
 
-    def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any process got, or 0: the same on all of them, so that all stop at the same step."""
+    def agreed(self, accelerator: Accelerator, wait: bool = True) -> int:
+        """The signal that any process got, or 0: the same on all of them, so that all stop at the same step.
+
+        Several GPUs have to be waited for: without `wait` it is 0 there.
+        """
         if accelerator.num_processes == 1:
             return self.number
+        if not wait and accelerator.device.type != "cpu":
+            return 0
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 
@@ -499,8 +504,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         state.step += 1
         bar.update()
         shown = state.step % args.log_every == 0 or state.step == end
-        asked = shown or accelerator.num_processes == 1 or accelerator.device.type == "cpu"
-        stopped = run.stop.agreed(accelerator) if asked else 0  # several GPUs would have to be waited for
+        stopped = run.stop.agreed(accelerator, shown)
         due = args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end
         if shown or stopped or due:  # seldom, since it waits for the device; and before anything is saved
             require_finite(unchecked)
