@@ -75,7 +75,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import one_line, reader_may_leave
-from evaluate import allow_tf32, available_cores, prepare_cpu
+from evaluate import allow_tf32, available_cores, compile_in_place, prepare_cpu
 from fishnet import (
     FishNet,
     FishNetConfig,
@@ -331,7 +331,7 @@ def make_step(setting: Setting, device: torch.device) -> Callable[[], list[float
     if setting.checkpoint_activations == "yes":
         checkpoint_activations(model)
     if setting.compile == "yes":
-        model.compile()
+        compile_in_place(model, device)
     images = torch.randn(setting.batch_size, *make_image(model, setting.image_size).shape[1:], device=device)
     images = images.contiguous(memory_format=layout)
     labels = torch.zeros(setting.batch_size, dtype=torch.int64, device=device)

@@ -54,6 +54,7 @@ from evaluate import (
     CHECKPOINT_FORMAT,
     allow_tf32,
     check_processes,
+    compile_in_place,
     count_images,
     evaluate,
     explain,
@@ -317,7 +318,7 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
     os.close(folder)
 
 
-def save(run: Run, name: str) -> None:
+def save(run: Run, *names: str) -> None:
     """A checkpoint of plain values and tensors, loadable with weights_only=True. Call it on every process."""
     run.state.sums = run.accelerator.gather(run.sums[None]).tolist()
     if not run.accelerator.is_main_process:
@@ -341,8 +342,9 @@ def save(run: Run, name: str) -> None:
     }
     buffer = io.BytesIO()  # so that a full disk is an OSError here, not an error inside torch's own writer
     torch.save(checkpoint, buffer)
-    keep_as = run.output_dir / "previous.pt" if name == "last.pt" else None
-    write_atomic(run.output_dir / name, buffer.getbuffer(), keep_as)
+    for name in names:
+        keep_as = run.output_dir / "previous.pt" if name == "last.pt" else None
+        write_atomic(run.output_dir / name, buffer.getbuffer(), keep_as)
     run.save_seconds += time.perf_counter() - started
 
 
@@ -624,6 +626,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """One whose batches are global and split over the processes."""
     tf32 = args.mixed_precision == "tf32"
     allow_tf32(tf32)
+    torch.backends.cudnn.deterministic = True  # so that a GPU, too, resumes exactly: it costs nothing here
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
@@ -659,24 +662,25 @@ def lock_output_dir(folder: Path) -> TextIO:
     return file
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """Matrices with the singular vectors of x and singular values near 1: three Newton-Schulz steps.
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices with the singular vectors of the given ones and singular values near 1: three Newton-Schulz steps.
 
     They take a singular value s of x / |x|, |x| the Frobenius norm, to p(p(p(s))), p(s) = 3.4445 s - 4.775 s^3 +
     2.0315 s^5, which is 0.68 to 1.21 for s over 0.02 and 41 s near 0. Two steps more, as is usual, would take smaller
-    values to 1, too. (L, M, N) -> (L, M, N), L matrices; 0 stays 0.
+    values to 1, too. The shapes (M, N) may differ, their smaller sides have to be equal; 0 stays 0.
     """
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     # Each step is a product of x with a polynomial of x x^T, all of which commute: only the last product is with x.
-    # Or of x^T x, if that is smaller.
-    tall = x.shape[1] > x.shape[2]
-    gram, product = x.mT @ x if tall else x @ x.mT, None  # (L, min(M, N), min(M, N))
+    # Or of x^T x, if that is smaller. So most of the work is on square matrices, which go through it together.
+    tall = [x.shape[0] > x.shape[1] for x in matrices]
+    gram = torch.stack([x.mT @ x if t else x @ x.mT for x, t in zip(matrices, tall)])  # (L, m, m), m = min(M, N)
+    square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-24)[:, None, None]  # |x|^2, (L, 1, 1)
+    gram, product = gram / square, None
     for _ in range(3):
         factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         product = factor if product is None else factor @ product
         gram = factor @ gram @ factor
-    return x @ product if tall else product @ x
+    return [x @ p if t else p @ x for x, p, t in zip(matrices, product / square.sqrt(), tall)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -713,21 +717,23 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonalized(updates: Sequence[Tensor]) -> list[Tensor]:
-        """The updates, those of convolutions orthogonalized: together where their shapes are the same.
+        """The updates, those of convolutions orthogonalized: together where the smaller sides of their matrices agree.
 
         The columns are in the order of channels_last, which is that of the weights.
         """
         alike = defaultdict(list)
         for i, update in enumerate(updates):
             if update.ndim == 4:
-                alike[update.shape].append(i)
+                alike[min(len(update), update[0].numel())].append(i)
         updates = list(updates)
-        for (rows, channels, *kernel), indices in alike.items():
-            matrices = torch.stack([updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices])
-            scale = max(1, rows / matrices.shape[2]) ** 0.5
-            matrices = (orthogonalize(matrices) * scale).unflatten(2, (*kernel, channels))  # (L, C_out, k, k, C_in)
+        for indices in alike.values():
+            matrices = [updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices]
+            scales = [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices]
+            matrices = orthogonalize(matrices)
+            torch._foreach_mul_(matrices, scales)
             for i, matrix in zip(indices, matrices):
-                updates[i] = matrix.permute(0, 3, 1, 2)
+                rows, channels, *kernel = updates[i].shape
+                updates[i] = matrix.view(rows, *kernel, channels).permute(0, 3, 1, 2)
         return updates
 
 
@@ -779,7 +785,8 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:
-        model.compile()  # in place: the weights keep their names
+        alone = accelerator.num_processes == args.grad_accum_steps == 1
+        compile_in_place(model, accelerator.device, graphs=alone)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
 
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -830,11 +837,11 @@ def run_epochs(run: Run) -> None:
                 )
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
         log_epoch(run, row, again)
-        if (whole or math.isinf(state.best_loss)) and (not val or val.loss < state.best_loss):
+        better = (whole or math.isinf(state.best_loss)) and (not val or val.loss < state.best_loss)
+        if better:
             state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
-            save(run, "best.pt")
-        if whole:
-            save(run, "last.pt")
+        if names := [name for name, due in (("best.pt", better), ("last.pt", whole)) if due]:
+            save(run, *names)
         run.accelerator.print(epoch_line(row, run.args.epochs), flush=True)  # all is saved if its reader has left
         if number := run.stop.agreed(run.accelerator):
             leave_on_signal(run, number)  # all is saved

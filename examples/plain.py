@@ -37,7 +37,7 @@ class Plain(nn.Module):
     def to(self, *args: object, memory_format: torch.memory_format | None = None, **kwargs: object) -> "Plain":
         return super().to(*args, **kwargs)
 
-    def compile(self) -> None:
+    def compile(self, **kwargs: object) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
