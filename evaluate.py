@@ -28,6 +28,7 @@ from typing import BinaryIO
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -324,6 +325,12 @@ def check_processes(accelerator: Accelerator) -> None:
         raise ValueError(f"{started} processes, but Accelerate knows of one: set ACCELERATE_USE_CPU=true on a CPU")
 
 
+def hide_unused_gpus() -> None:
+    """Of PyTorch, before it looks for them, if ACCELERATE_USE_CPU says so: else barriers want one for each process."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def allow_tf32(allowed: bool) -> None:
     """On a GPU: whether float32 products are rounded to 10 bits. As it comes, PyTorch does so in convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
@@ -381,6 +388,7 @@ def main() -> None:
         if args.files and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')}: for evaluating a dataset, while image files are given")
     args.split = args.split or "test"
+    hide_unused_gpus()
     accelerator = Accelerator()
     allow_tf32(False)
     prepare_cpu(accelerator.device)

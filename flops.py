@@ -371,10 +371,10 @@ def work(pipe: Connection, setting: Setting) -> None:
         torch.set_num_threads(available_cores())
         step = make_step(setting, device)
         step()  # a compiler does its work here
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # not of its trials; CUDA graphs take theirs in the next step
         first, *_, last = step()
         steps = max(1, round(0.2 / (last - first)))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # not that of a compiler's trials
         pipe.send(time.perf_counter() - started)
         while True:
             pipe.recv()

@@ -58,6 +58,7 @@ from evaluate import (
     count_images,
     evaluate,
     explain,
+    hide_unused_gpus,
     leave,
     load_checkpoint,
     prepare_cpu,
@@ -624,9 +625,10 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """One whose batches are global and split over the processes."""
+    hide_unused_gpus()
     tf32 = args.mixed_precision == "tf32"
     allow_tf32(tf32)
-    torch.backends.cudnn.deterministic = True  # so that a GPU, too, resumes exactly: it costs nothing here
+    torch.backends.cudnn.deterministic = True  # so that a GPU, too, resumes exactly
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
@@ -728,12 +730,11 @@ class Muon(torch.optim.Optimizer):
         updates = list(updates)
         for indices in alike.values():
             matrices = [updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices]
-            scales = [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices]
-            matrices = orthogonalize(matrices)
-            torch._foreach_mul_(matrices, scales)
-            for i, matrix in zip(indices, matrices):
+            results = orthogonalize(matrices)
+            torch._foreach_mul_(results, [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices])
+            for i, result in zip(indices, results):
                 rows, channels, *kernel = updates[i].shape
-                updates[i] = matrix.view(rows, *kernel, channels).permute(0, 3, 1, 2)
+                updates[i] = result.view(rows, *kernel, channels).permute(0, 3, 1, 2)
         return updates
 
 
@@ -785,7 +786,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:
-        alone = accelerator.num_processes == args.grad_accum_steps == 1
+        alone = accelerator.num_processes == 1 and args.grad_accum_steps == 1
         compile_in_place(model, accelerator.device, graphs=alone)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
 

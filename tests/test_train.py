@@ -380,6 +380,14 @@ def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, t
     assert_same(outcome(tmp_path / "compiled"), outcome(tmp_path / "eager"))
 
 
+def test_cuda_graphs_are_for_gradients_that_stay(monkeypatch):
+    modes = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model, mode: modes.append(mode))
+    for device, graphs in (("cpu", True), ("cuda", True), ("cuda", False)):
+        train.compile_in_place(nn.ReLU(), torch.device(device), graphs)
+    assert modes == [None, "reduce-overhead", None]
+
+
 def test_early_stopping_and_best_by_validation_loss(run_train, tmp_path, monkeypatch):
     validation_losses(monkeypatch, 3.0, 2.0, 2.5, 2.1, 9.9)
     out = run_train(tmp_path / "run", "--epochs", "9", "--patience", "2")
@@ -392,6 +400,14 @@ def test_a_compiler_of_accelerate_launch_leaves_the_names(run_train, tmp_path, m
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2", *TINY)
     assert "fc.weight" in load(tmp_path / "run" / "best.pt")["model"]
+
+
+def test_on_the_cpu_there_is_no_gpu(monkeypatch):
+    """Accelerate's barrier takes GPU 1 for process 1, wherever the processes compute."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    train.make_accelerator(train.parse_args([]))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
