@@ -832,10 +832,9 @@ def run_epochs(run: Run) -> None:
                 run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers
             )
             if not math.isfinite(val.loss):
-                raise FloatingPointError(
-                    f"the validation loss is not finite at step {state.step}, that of last.pt; go on with --resume "
-                    f"{run.output_dir}/previous.pt --override"
-                )
+                before = run.output_dir / "previous.pt"
+                way = f"; go on with --resume {before} --override" if before.exists() else ""
+                raise FloatingPointError(f"the validation loss of last.pt, step {state.step}, is not finite{way}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
         log_epoch(run, row, again)
         better = (whole or math.isinf(state.best_loss)) and (not val or val.loss < state.best_loss)
@@ -857,7 +856,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, *advice(args))}")
+        sys.exit(f"train.py: {explain(error, *advice(args, accelerator.num_processes))}")
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     accelerator.print(
@@ -876,7 +875,7 @@ def main() -> None:
     except (OSError, datasets.ImageFileError) as error:
         sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, *advice(args))}")
+        sys.exit(f"train.py: {explain(error, *advice(args, accelerator.num_processes))}")
     finally:
         if run.lock:
             run.lock.close()
@@ -890,14 +889,15 @@ def main() -> None:
     leave(accelerator)
 
 
-def advice(args: argparse.Namespace) -> tuple[str, str]:
+def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
     """For `explain`: how to need less memory, and how to go on."""
-    parts = 2 * args.grad_accum_steps
-    smaller = f"--grad-accum-steps {parts} (with --override, to go on) or, in a new run, --batch-size"
-    smaller = f"{smaller} {max(2, args.batch_size // 2)}"
-    if not args.checkpoint_activations:
-        smaller = f"--checkpoint-activations, {smaller}"
-    return smaller, "go on with --resume auto"
+    share, parts = args.batch_size // processes, args.grad_accum_steps
+    ways = [] if args.checkpoint_activations else ["--checkpoint-activations"]
+    more = [n for n in range(parts + 1, share // 2 + 1) if share % n == 0]  # of at least 2 images each
+    ways += [f"--grad-accum-steps {more[0]} (with --override, to go on)"] if more else []
+    smaller = share // parts // 2 * parts * processes
+    ways += [f"--batch-size {smaller} in a new run"] if smaller >= 2 * parts * processes else []
+    return ", or ".join(ways) or "another machine", "go on with --resume auto"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,15 +213,33 @@ def test_out_of_memory_says_what_to_do():
     cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
     old = "[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), RuntimeError(old), MemoryError()):
-        line = train.explain(error, *train.advice(args))
+        line = train.explain(error, *train.advice(args, 1))
         assert "out of memory" in line and "--grad-accum-steps 2" in line and "--batch-size 128" in line
     compiler = torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\nmore")
     assert "--compile failed (InvalidCxxCompiler: No working C++ compiler found): " in train.explain(compiler, "", "")
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
-    line = train.explain(gone, *train.advice(args))
+    line = train.explain(gone, *train.advice(args, 1))
     assert re.match(r"another process is gone \(.*\): go on with --resume auto$", line)
     with pytest.raises(RuntimeError, match="anything else"):
-        train.explain(RuntimeError("anything else"), *train.advice(args))
+        train.explain(RuntimeError("anything else"), *train.advice(args, 1))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "parts", "processes", "more", "smaller"),
+    [(256, 1, 1, 2, 128), (100, 4, 1, 5, 48), (36, 1, 2, 2, 18), (14, 1, 2, None, 6), (4, 1, 2, None, None)],
+)
+def test_what_would_need_less_memory_is_no_bad_argument(monkeypatch, batch_size, parts, processes, more, smaller):
+    monkeypatch.setattr(train, "check_processes", lambda _: None)
+    flags = ["-b", str(batch_size), "--grad-accum-steps", str(parts)]
+    ways = ["--checkpoint-activations"]
+    if more:
+        ways.append(f"--grad-accum-steps {more} (with --override, to go on)")
+    if smaller:
+        ways.append(f"--batch-size {smaller} in a new run")
+    assert train.advice(train.parse_args(flags), processes)[0] == ", or ".join(ways)
+    for way in ways[1:]:
+        args = train.parse_args([*flags, *way.split()[:2]])
+        train.check_args(args, SimpleNamespace(num_processes=processes, device=torch.device("cpu")))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_saving(run_train, tmp_path, monkeypatch):

@@ -432,6 +432,15 @@ def test_loss_that_is_not_finite_stops_before_saving(run_train, tmp_path):
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_a_validation_loss_that_is_not_finite_names_a_checkpoint_that_is_there(run_train, tmp_path, monkeypatch):
+    validation_losses(monkeypatch, math.nan, 2.0, math.nan)
+    with pytest.raises(SystemExit, match=r"of last\.pt, step 6, is not finite; try a lower --lr"):
+        run_train(tmp_path / "first", "--epochs", "2")
+    with pytest.raises(SystemExit, match=r"step 12, .* --resume .*/second/previous\.pt --override"):
+        run_train(tmp_path / "second", "--epochs", "2")
+    assert load(tmp_path / "second" / "previous.pt")["state"]["step"] == 6
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
