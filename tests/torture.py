@@ -179,6 +179,10 @@ class Run:
     children: list[Child] = field(default_factory=list)
 
     def start(self) -> "Run":
+        # TensorBoard reads event files in the order of their names: second, host, process. Of runs that start in one
+        # second, process 10000 would come before process 9999.
+        seconds = [int(path.name.split(".")[3]) for path in self.folder.glob("events.out.tfevents.*")]
+        time.sleep(max(0.0, max(seconds, default=0) + 1 - time.time()))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
