@@ -891,12 +891,13 @@ def main() -> None:
 
 def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
     """For `explain`: how to need less memory, and how to go on."""
-    share, parts = args.batch_size // processes, args.grad_accum_steps
-    ways = [] if args.checkpoint_activations else ["--checkpoint-activations"]
-    more = [n for n in range(parts + 1, share // 2 + 1) if share % n == 0]  # of at least 2 images each
-    ways += [f"--grad-accum-steps {more[0]} (with --override, to go on)"] if more else []
-    smaller = share // parts // 2 * parts * processes
-    ways += [f"--batch-size {smaller} in a new run"] if smaller >= 2 * parts * processes else []
+    share, parts, ways = args.batch_size // processes, args.grad_accum_steps, []
+    if not args.checkpoint_activations:
+        ways.append("--checkpoint-activations")
+    if more := next((n for n in range(parts + 1, share // 2 + 1) if share % n == 0), 0):  # of at least 2 images each
+        ways.append(f"--grad-accum-steps {more} (with --override, to go on)")
+    if (smaller := share // parts // 2) > 1:  # images in a part
+        ways.append(f"--batch-size {smaller * parts * processes} in a new run")
     return ", or ".join(ways) or "another machine", "go on with --resume auto"
 
 
