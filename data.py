@@ -790,6 +790,34 @@ class Cutout:
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.5)
 
 
+@dataclass(frozen=True)
+class CutMix:
+    """With probability p a box of an image is replaced by another image's, and so is that part of its label.
+
+    Yun et al. 2019, arXiv 1905.04899, but drawn for each image by itself: image i is mixed with image N - 1 - i. The
+    box has the image's aspect ratio, an area drawn evenly from 0 to the whole, and any point for its centre; what
+    reaches over the edge is lost. images (N, 3, H, W), labels (N,) -> images, and (N, classes) the part of the pixels
+    that comes from an image of each class.
+    """
+
+    classes: int
+    p: float = 0.5
+
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        n, _, height, width = images.shape
+        area, y, x, chance = torch.rand(4, n, 1, generator=generator).to(images.device, non_blocking=True)
+        side = area.sqrt() * (chance < self.p)  # of the box, as a part of the image's
+
+        def inside(size: int, centre: Tensor) -> Tensor:  # (N, size): rows or columns of the box
+            pixels = (torch.arange(size, device=images.device) + 0.5) / size
+            return (pixels - centre).abs() < side / 2
+
+        box = inside(height, y)[:, :, None] & inside(width, x)[:, None, :]
+        own = torch.nn.functional.one_hot(labels, self.classes)
+        part = box.float().mean((1, 2))[:, None]
+        return torch.where(box[:, None], images.flip(0), images), own * (1 - part) + own.flip(0) * part
+
+
 class FancyPCA:
     """AlexNet's colour augmentation (Krizhevsky et al. 2012, section 4.1), with probability p an image.
 
@@ -840,12 +868,13 @@ class BatchTransform:
         return images.sub_(mean).div_(std)
 
 
-AUGMENTS = ("slides", "standard", "cutout", "none")
+AUGMENTS = ("slides", "standard", "cutout", "cutmix", "none")
 
 
 def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transform]:
     """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `cutout`: these
-    and a grey square of three eighths of the side, 12 of 32 pixels. `none`.
+    and a grey square of three eighths of the side, 12 of 32 pixels. `cutmix`: those of `standard`; CutMix, which
+    changes labels, too, comes after them. `none`.
 
     A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` the flip, `cutout` the
     flip and the square.
@@ -858,7 +887,7 @@ def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transfor
         return [RandomResizedCrop(size), RandomHorizontalFlip(), FancyPCA.fit(train.images)]
     if augment == "cutout":
         return [*train_transforms("standard", train), Cutout(3 * size // 8)]
-    if augment == "standard":
+    if augment in ("standard", "cutmix"):
         return [RandomHorizontalFlip()] if folder else [RandomCrop(), RandomHorizontalFlip()]
     if augment == "none":
         return []
@@ -895,9 +924,13 @@ def image_grid(images: Tensor, columns: int = 8) -> Tensor:
 def first_augmented(data: Data, augment: str, seed: int = 0) -> Tensor:
     """The first 64 training images, or all, as epoch 0 may show them to a model: float (N, 3, H, W) in [0, 1]."""
     data.train.epoch = None if augment == "none" else 0
-    images = torch.stack([data.train[index][0] for index in range(min(64, len(data.train)))])
+    images, labels = data.train.__getitems__(list(range(min(64, len(data.train)))))
     transform = BatchTransform((0, 0, 0), (1, 1, 1), train_transforms(augment, data.train))
-    return transform(images, seeded_generator(seed)).clamp(0, 1)
+    generator = seeded_generator(seed)
+    images = transform(images, generator)
+    if augment == "cutmix":
+        images, _ = CutMix(len(data.classes))(images, labels, generator)
+    return images.clamp(0, 1)
 
 
 def draw_grid(data: Data, augment: str) -> Image.Image:

@@ -49,7 +49,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import data as datasets
-from data import BatchTransform, EpochBatches, one_line, reader_may_leave, seeded_generator
+from data import BatchTransform, CutMix, EpochBatches, one_line, reader_may_leave, seeded_generator
 from evaluate import (
     CHECKPOINT_FORMAT,
     allow_tf32,
@@ -245,6 +245,7 @@ class Run:
     sampler: EpochBatches
     loader: DataLoader
     transform: BatchTransform
+    cutmix: CutMix | None
     sums: Tensor  # (3,) this process's part of state.sums, on the device
     stop: "StopSignal"
     lock: TextIO | None  # on the main process: open as long as the run lives
@@ -451,11 +452,15 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) ->
             images, labels = next(batches)  # uint8 (N, 3, H, W), (N,)
         # A global batch's parts are numbered alike on one process that accumulates and on many that do not.
         shard = part * accelerator.num_processes + accelerator.process_index
-        images = run.transform(images, seeded_generator(args.seed, state.epoch, state.step, shard))
+        generator = seeded_generator(args.seed, state.epoch, state.step, shard)
+        images, targets = run.transform(images, generator), labels
+        if run.cutmix:
+            images, targets = run.cutmix(images, labels, generator)  # (N, 3, H, W), (N, classes)
+            labels = targets.argmax(1)  # of the larger part
         run.data_seconds += time.perf_counter() - started
         with accelerator.accumulate(run.model):
             logits = run.model(images.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
+            loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients()
@@ -759,6 +764,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     with accelerator.local_main_process_first():  # one process downloads, the others read
         data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
     transform = BatchTransform(data.mean, data.std, datasets.train_transforms(args.augment, data.train))
+    cutmix = CutMix(len(data.classes)) if args.augment == "cutmix" else None
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(
         data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
@@ -793,7 +799,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     run = Run(
         args=args, accelerator=accelerator, output_dir=output_dir, data=data, model=model, optimizer=optimizer,
-        sampler=sampler, loader=loader, transform=transform, sums=sums, stop=stop, lock=lock,
+        sampler=sampler, loader=loader, transform=transform, cutmix=cutmix, sums=sums, stop=stop, lock=lock,
     )  # fmt: skip
     if path:
         resume(run, Path(path))

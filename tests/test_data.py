@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 import data
 from data import (
     BatchTransform,
+    CutMix,
     Cutout,
     EpochBatches,
     FancyPCA,
@@ -432,7 +433,9 @@ def test_a_gpus_images_stay_there(augment):
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
         output = BatchTransform((0, 0, 0), (1, 1, 1), transforms)(images, torch.Generator())
-    assert (output.device.type, output.dtype, output.shape) == ("cuda", torch.float32, images.shape)
+        mixed, targets = CutMix(10)(output, torch.zeros(4, dtype=torch.int64, device="cuda"), torch.Generator())
+    for x, shape in ((output, images.shape), (mixed, images.shape), (targets, (4, 10))):
+        assert (x.device.type, x.dtype, x.shape) == ("cuda", torch.float32, shape)
 
 
 # ------------------------------------------------------------------------------------------------- geometric transforms
@@ -513,6 +516,31 @@ def test_cutout_greys_a_square_round_any_pixel_as_far_as_it_is_inside(side):
         top, left = y - side // 2, x - side // 2
         expected[y, x, max(top, 0) : top + side, max(left, 0) : left + side] = True
     assert {mask.tobytes() for mask in changed[:, 0]} == {mask.tobytes() for mask in expected.reshape(48, 8, 6)}
+
+
+def test_cutmix_takes_a_box_and_as_much_of_the_label_from_one_other_image():
+    n, height, width = 2000, 12, 16
+    images = torch.rand(n, 1, 1, 1).expand(-1, 3, height, width)  # an image is one colour
+    labels = torch.arange(n) % 5
+    mixed, targets = CutMix(5)(images, labels, seeded_generator(3))
+    box = (mixed != images).numpy()
+    assert np.array_equal(mixed.numpy(), np.where(box, images.numpy()[::-1], images.numpy()))
+    assert (box == box[:, :1]).all()
+    rows, columns = box[:, 0].any(2), box[:, 0].any(1)
+    assert (box[:, 0] == rows[:, :, None] & columns[:, None, :]).all()
+    for lines in rows, columns:  # no gaps
+        assert (np.diff(np.pad(lines.astype(int), ((0, 0), (1, 1)))) == 1).sum(1).max() == 1
+    part = box[:, 0].mean((1, 2))
+    expected = np.zeros((n, 5))
+    for i in range(n):
+        expected[i, i % 5] += 1 - part[i]
+        expected[i, (n - 1 - i) % 5] += part[i]
+    np.testing.assert_allclose(targets, expected, atol=1e-6)
+    # A box of area a and centre (y, x), as far as it is inside: the mean is that of the formula for p = 0.5.
+    side, centre = (np.arange(1000) + 0.5)[:, None] ** 0.5 / 1000**0.5, (np.arange(1000) + 0.5) / 1000
+    length = np.minimum(centre + side / 2, 1) - np.maximum(centre - side / 2, 0)
+    assert part.mean() == pytest.approx(0.5 * (length.mean(1) ** 2).mean(), abs=0.015)
+    assert (part == 0).mean() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("p", [0, 0.25, 0.5, 1])
@@ -602,14 +630,15 @@ def test_batch_transform_applies_the_transforms_to_scaled_pixels_in_order():
 
 def test_train_transforms_by_name():
     images = random_images(10)
-    found = {name: data.train_transforms(name, as_set(images)) for name in ("slides", "standard", "cutout", "none")}
+    found = {name: data.train_transforms(name, as_set(images)) for name in data.AUGMENTS}
     kinds = {name: [type(t) for t in transforms] for name, transforms in found.items()}
     assert kinds["slides"] == [RandomResizedCrop, RandomHorizontalFlip, FancyPCA]
     assert kinds["standard"] == [RandomCrop, RandomHorizontalFlip] and kinds["none"] == []
+    assert kinds["cutmix"] == kinds["standard"]
     assert kinds["cutout"] == [RandomCrop, RandomHorizontalFlip, Cutout] and found["cutout"][-1].side == 12
     crop, flip, pca = found["slides"]
     assert (crop.size, crop.scale, flip.p, pca.std, pca.p) == (32, (0.5, 1.0), 0.5, 0.1, 0.5)
-    with pytest.raises(ValueError, match=r"augment='all'.*slides, standard, cutout, none"):
+    with pytest.raises(ValueError, match=r"augment='all'.*slides, standard, cutout, cutmix, none"):
         data.train_transforms("all", as_set(images))
 
 

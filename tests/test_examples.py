@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 import plain
 import pytest
+import resnet18
 import roofline
 import study
 import torch
+import torchvision
+from conftest import start_python
 from detect_figures import average_precision, draw_scene, evaluate, mask_iou
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+import data
 from fishnet import create_model
 from flops import count, make_image, make_step
 
@@ -158,3 +162,34 @@ def test_the_table_of_the_roofline():
     _, _, conv, add = roofline.table(costs, 2, peak=100e9, bandwidth=10e9)
     assert conv == "| `conv` | 2 | 1,000.0 | 66.7% | 50.0 | 0.5 | 50% | arithmetic |"
     assert add == "| `add` | 3 | 500.0 | 33.3% |  | 5.0 | 50% | memory |"
+
+
+def test_resnet18_is_the_usual_one_and_its_errors_are_those_of_its_last_checkpoint(tiny_dir, tmp_path):
+    model = resnet18.create_model("", num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962  # as is published for images of 32 x 32 pixels
+    resnet18.zero_init_last(model)
+    assert not any(unit.bn2.weight.any() for unit in model.tail.layer1)
+
+    flags = ["--recipe", "demo", "--dataset", "cifar10", "--data-dir", tiny_dir, "--max-steps", 1, "-b", 8]
+    process = start_python(1, "examples/resnet18.py", tmp_path / "run", *flags)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    network = torchvision.models.resnet18(num_classes=10)
+    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    network.load_state_dict({name.removeprefix("tail."): value for name, value in weights.items()})
+    test = data.load_data("cifar10", tiny_dir).test
+    facts = data.CIFAR["cifar10"]
+    mean, std = (np.array(values, dtype=np.float32).reshape(3, 1, 1) for values in (facts.mean, facts.std))
+    x = torch.from_numpy((test.images.numpy().astype(np.float32) / 255 - mean) / std)
+    with torch.no_grad():
+        logits = network.eval()(x), network(x.flip(3))
+    for mirror, scores in (("", logits[0]), (", with mirror images", logits[0] + logits[1])):
+        ranks = (scores > scores.gather(1, test.labels[:, None])).sum(1)
+        top1, top5 = ((ranks >= k).double().mean().item() for k in (1, 5))
+        assert f"test top-1 error {top1:.2%}, top-5 error {top5:.2%}{mirror}\n" in output
+
+
+def test_resnet18_refuses_flags_of_the_network(tmp_path):
+    process = start_python(1, "examples/resnet18.py", tmp_path, "--model-args=k=2")
+    assert "error: --model-args: the network is ResNet-18" in process.communicate()[0] and process.returncode == 2

@@ -1,6 +1,7 @@
 """train.py: what a run writes, that it continues exactly, that processes do not change it, that errors are one line."""
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from conftest import CORES, ROOT, SMALL, TINY, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import data
 import train
 from evaluate import Metrics
 
@@ -168,6 +170,17 @@ def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
     for parameter, matrix in zip(convs, expected):
         np.testing.assert_allclose(parameter.detach().numpy().reshape(matrix.shape), matrix, rtol=0, atol=1e-4)
     torch.testing.assert_close(others, twins)
+
+
+def test_cutmix_trains_on_mixed_images_and_labels(run_train, tmp_path, monkeypatch):
+    rows = {}
+    for name, augment, p in (("standard", "standard", 0.5), ("no boxes", "cutmix", 0.0), ("boxes", "cutmix", 0.5)):
+        monkeypatch.setattr(train, "CutMix", functools.partial(data.CutMix, p=p))
+        run_train(tmp_path / name, "--augment", augment, "--epochs", "1")
+        rows[name] = load(tmp_path / name / "last.pt")["state"]["history"][-1]
+    for column in ("train_loss", "train_top1_error", "val_loss"):
+        assert rows["no boxes"][column] == pytest.approx(rows["standard"][column], rel=1e-4)
+    assert rows["boxes"]["train_loss"] > rows["standard"]["train_loss"] + 0.01
 
 
 def test_a_run_and_its_files(run_train, tmp_path):
