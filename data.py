@@ -876,8 +876,8 @@ def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transfor
     and a grey square of three eighths of the side, 12 of 32 pixels. `cutmix`: those of `standard`; CutMix, which
     changes labels, too, comes after them. `none`.
 
-    A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` the flip, `cutout` the
-    flip and the square.
+    A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` and `cutmix` the flip,
+    `cutout` the flip and the square.
     """
     folder = isinstance(train, FolderSet)
     size = train.size if folder else train.images.shape[-1]

@@ -543,6 +543,15 @@ def test_cutmix_takes_a_box_and_as_much_of_the_label_from_one_other_image():
     assert (part == 0).mean() == pytest.approx(0.5, abs=0.05)
 
 
+def test_the_grid_of_cutmix_shows_boxes_of_other_images():
+    images = as_set(random_images(30))
+    shown = data.Data(images, images, images, ("a",), (0, 0, 0), (1, 1, 1))
+    standard, mixed = (data.first_augmented(shown, augment) for augment in ("standard", "cutmix"))
+    changed = (mixed != standard).any(1, keepdim=True)
+    assert torch.equal(mixed, torch.where(changed, standard.flip(0), standard))
+    assert 5 < changed.any((1, 2, 3)).sum() < 25
+
+
 @pytest.mark.parametrize("p", [0, 0.25, 0.5, 1])
 def test_flip_mirrors_an_image_or_leaves_it(p):
     images = random_images(1000).float()

@@ -164,32 +164,41 @@ def test_the_table_of_the_roofline():
     assert add == "| `add` | 3 | 500.0 | 33.3% |  | 5.0 | 50% | memory |"
 
 
-def test_resnet18_is_the_usual_one_and_its_errors_are_those_of_its_last_checkpoint(tiny_dir, tmp_path):
+def test_resnet18_is_the_usual_one_in_both_programs(tiny_dir, tmp_path):
     model = resnet18.create_model("", num_classes=10)
     assert sum(p.numel() for p in model.parameters()) == 11_173_962  # as is published for images of 32 x 32 pixels
     resnet18.zero_init_last(model)
     assert not any(unit.bn2.weight.any() for unit in model.tail.layer1)
 
     flags = ["--recipe", "demo", "--dataset", "cifar10", "--data-dir", tiny_dir, "--max-steps", 1, "-b", 8]
-    process = start_python(1, "examples/resnet18.py", tmp_path / "run", *flags)
+    process = start_python(1, "examples/resnet18.py", "train", *flags, "--output-dir", tmp_path / "run")
+    output, _ = process.communicate()
+    assert process.returncode == 0 and output.startswith("resnet18, 11,173,962 parameters; cifar10"), output
+    process = start_python(1, "examples/resnet18.py", "evaluate", tmp_path / "run" / "last.pt", "--json")
     output, _ = process.communicate()
     assert process.returncode == 0, output
+
     weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     network = torchvision.models.resnet18(num_classes=10)
     network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     network.load_state_dict({name.removeprefix("tail."): value for name, value in weights.items()})
-    test = data.load_data("cifar10", tiny_dir).test
-    facts = data.CIFAR["cifar10"]
+    test, facts = data.load_data("cifar10", tiny_dir).test, data.CIFAR["cifar10"]
     mean, std = (np.array(values, dtype=np.float32).reshape(3, 1, 1) for values in (facts.mean, facts.std))
-    x = torch.from_numpy((test.images.numpy().astype(np.float32) / 255 - mean) / std)
     with torch.no_grad():
-        logits = network.eval()(x), network(x.flip(3))
-    for mirror, scores in (("", logits[0]), (", with mirror images", logits[0] + logits[1])):
-        ranks = (scores > scores.gather(1, test.labels[:, None])).sum(1)
-        top1, top5 = ((ranks >= k).double().mean().item() for k in (1, 5))
-        assert f"test top-1 error {top1:.2%}, top-5 error {top5:.2%}{mirror}\n" in output
+        logits = network.eval()(torch.from_numpy((test.images.numpy().astype(np.float32) / 255 - mean) / std))
+    loss = (logits.logsumexp(1) - logits.gather(1, test.labels[:, None])[:, 0]).mean().item()
+    assert json.loads(output)["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_resnet18_refuses_flags_of_the_network(tmp_path):
-    process = start_python(1, "examples/resnet18.py", tmp_path, "--model-args=k=2")
-    assert "error: --model-args: the network is ResNet-18" in process.communicate()[0] and process.returncode == 2
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ([], "expected train or evaluate as the first word"),
+        (["train", "--model-args", "k=2"], "resnet18.py: --model-args: is for FishNets"),
+        (["train", "--pretrained=x.pt"], "resnet18.py: --pretrained=x.pt: is for FishNets"),
+    ],
+)
+def test_resnet18_refuses_what_is_a_fishnets(arguments, line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["resnet18.py", *arguments])
+    with pytest.raises(SystemExit, match=line):
+        resnet18.main()

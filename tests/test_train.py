@@ -1,7 +1,6 @@
 """train.py: what a run writes, that it continues exactly, that processes do not change it, that errors are one line."""
 
 import csv
-import functools
 import itertools
 import json
 import math
@@ -173,14 +172,30 @@ def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
 
 
 def test_cutmix_trains_on_mixed_images_and_labels(run_train, tmp_path, monkeypatch):
-    rows = {}
-    for name, augment, p in (("standard", "standard", 0.5), ("no boxes", "cutmix", 0.0), ("boxes", "cutmix", 0.5)):
-        monkeypatch.setattr(train, "CutMix", functools.partial(data.CutMix, p=p))
-        run_train(tmp_path / name, "--augment", augment, "--epochs", "1")
-        rows[name] = load(tmp_path / name / "last.pt")["state"]["history"][-1]
-    for column in ("train_loss", "train_top1_error", "val_loss"):
-        assert rows["no boxes"][column] == pytest.approx(rows["standard"][column], rel=1e-4)
-    assert rows["boxes"]["train_loss"] > rows["standard"]["train_loss"] + 0.01
+    images, targets, calls = [], [], []
+
+    class Spy(data.CutMix):
+        def __call__(self, *arguments):
+            images.append(arguments[0].clone())
+            mixed = super().__call__(*arguments)
+            targets.append(mixed[1].clone())
+            return mixed
+
+    def create_model(*names, **overrides):
+        model = create(*names, **overrides)
+        model.register_forward_hook(lambda _, x, y: calls.append((x[0].clone(), y.detach().double().numpy())))
+        return model
+
+    create = train.create_model
+    monkeypatch.setattr(train, "CutMix", Spy)
+    monkeypatch.setattr(train, "create_model", create_model)
+    run_train(tmp_path, "--augment", "cutmix", "--max-steps", "1", "--smoothing", "0.1")
+    row = load(tmp_path / "best.pt")["state"]["history"][-1]
+    part, (seen, scores) = targets[0].double().numpy(), calls[0]
+    assert (part.max(1) < 1).sum() > 4 and not torch.equal(seen, images[0])
+    log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    assert row["train_loss"] == pytest.approx(-((0.9 * part + 0.1 / 10) * log_p).sum(1).mean(), rel=1e-5)
+    assert row["train_top1_error"] == (scores.argmax(1) != part.argmax(1)).mean()
 
 
 def test_a_run_and_its_files(run_train, tmp_path):
