@@ -3,8 +3,9 @@
     python examples/resnet18.py train --recipe strong --augment cutout --output-dir runs/resnet18
     python examples/resnet18.py evaluate runs/resnet18/last.pt --tta
 
-These are train.py and evaluate.py with their flags; evaluate.py by itself does not know the network. That is torchvision's,
-as is usual for images of 32 x 32 pixels: its first convolution is 3 x 3 with stride 1, and no pool comes after it.
+These are train.py and evaluate.py with their flags; evaluate.py by itself does not know the network. That is
+torchvision's, as is usual for images of 32 x 32 pixels: its first convolution is 3 x 3 with stride 1, and no pool comes
+after it.
 """
 
 import signal
