@@ -8,6 +8,7 @@ torchvision's, as is usual for images of 32 x 32 pixels: its first convolution i
 after it.
 """
 
+import os
 import signal
 import sys
 from collections import OrderedDict
@@ -46,6 +47,9 @@ def zero_init_last(model: nn.Module) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
         sys.exit(f"{__doc__}\nexpected train or evaluate as the first word")
     for word in sys.argv:
@@ -56,7 +60,10 @@ def main() -> None:
     train.model_names = lambda: ["resnet18"]
     for recipe in train.RECIPES.values():
         recipe |= {"model": "resnet18", "model_args": {}}
-    PROGRAMS[sys.argv.pop(1)]()
+    program = sys.argv.pop(1)
+    PROGRAMS[program]()
+    if program == "train" and os.environ.get("LOCAL_RANK", "0") == "0":
+        print("of ResNet-18: python examples/resnet18.py evaluate")  # after the line that names evaluate.py
 
 
 if __name__ == "__main__":

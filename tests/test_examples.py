@@ -174,6 +174,7 @@ def test_resnet18_is_the_usual_one_in_both_programs(tiny_dir, tmp_path):
     process = start_python(1, "examples/resnet18.py", "train", *flags, "--output-dir", tmp_path / "run")
     output, _ = process.communicate()
     assert process.returncode == 0 and output.startswith("resnet18, 11,173,962 parameters; cifar10"), output
+    assert output.endswith("of ResNet-18: python examples/resnet18.py evaluate\n")
     process = start_python(1, "examples/resnet18.py", "evaluate", tmp_path / "run" / "last.pt", "--json")
     output, _ = process.communicate()
     assert process.returncode == 0, output
