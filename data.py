@@ -873,8 +873,8 @@ AUGMENTS = ("slides", "standard", "cutout", "cutmix", "none")
 
 def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transform]:
     """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `cutout`: these
-    and a grey square of three eighths of the side, 12 of 32 pixels. `cutmix`: those of `standard`; CutMix, which
-    changes labels, too, comes after them. `none`.
+    and a grey square of three eighths of the side, 12 of 32 pixels. `cutmix`: those of `standard`, before
+    `train_mix`'s. `none`.
 
     A FolderSet has cropped its images already: `slides` is flip and ImageNet's PCA, `standard` and `cutmix` the flip,
     `cutout` the flip and the square.
@@ -892,6 +892,11 @@ def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transfor
     if augment == "none":
         return []
     raise ValueError(f"augment={augment!r}: expected one of {', '.join(AUGMENTS)}")
+
+
+def train_mix(augment: str, classes: int) -> CutMix | None:
+    """What comes after the transforms, with their generator, and changes the labels, too."""
+    return CutMix(classes) if augment == "cutmix" else None
 
 
 def pixel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -928,8 +933,8 @@ def first_augmented(data: Data, augment: str, seed: int = 0) -> Tensor:
     transform = BatchTransform((0, 0, 0), (1, 1, 1), train_transforms(augment, data.train))
     generator = seeded_generator(seed)
     images = transform(images, generator)
-    if augment == "cutmix":
-        images, _ = CutMix(len(data.classes))(images, labels, generator)
+    if mix := train_mix(augment, len(data.classes)):
+        images, _ = mix(images, labels, generator)
     return images.clamp(0, 1)
 
 

@@ -245,7 +245,7 @@ class Run:
     sampler: EpochBatches
     loader: DataLoader
     transform: BatchTransform
-    cutmix: CutMix | None
+    mix: CutMix | None
     sums: Tensor  # (3,) this process's part of state.sums, on the device
     stop: "StopSignal"
     lock: TextIO | None  # on the main process: open as long as the run lives
@@ -454,8 +454,8 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) ->
         shard = part * accelerator.num_processes + accelerator.process_index
         generator = seeded_generator(args.seed, state.epoch, state.step, shard)
         images, targets = run.transform(images, generator), labels
-        if run.cutmix:
-            images, targets = run.cutmix(images, labels, generator)  # (N, 3, H, W), (N, classes)
+        if run.mix:
+            images, targets = run.mix(images, labels, generator)  # (N, 3, H, W), (N, classes)
             labels = targets.argmax(1)  # of the larger part
         run.data_seconds += time.perf_counter() - started
         with accelerator.accumulate(run.model):
@@ -764,7 +764,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     with accelerator.local_main_process_first():  # one process downloads, the others read
         data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
     transform = BatchTransform(data.mean, data.std, datasets.train_transforms(args.augment, data.train))
-    cutmix = CutMix(len(data.classes)) if args.augment == "cutmix" else None
+    mix = datasets.train_mix(args.augment, len(data.classes))
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(
         data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
@@ -799,7 +799,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     run = Run(
         args=args, accelerator=accelerator, output_dir=output_dir, data=data, model=model, optimizer=optimizer,
-        sampler=sampler, loader=loader, transform=transform, cutmix=cutmix, sums=sums, stop=stop, lock=lock,
+        sampler=sampler, loader=loader, transform=transform, mix=mix, sums=sums, stop=stop, lock=lock,
     )  # fmt: skip
     if path:
         resume(run, Path(path))
