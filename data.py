@@ -696,7 +696,8 @@ def seeded_generator(*entropy: int) -> torch.Generator:
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation
-# Each takes float images (N, 3, H, W) in [0, 1] and a CPU generator: the same draws on every device.
+# Each takes float images (N, 3, H, W) in [0, 1], CutMix their labels, too, and a CPU generator: the same draws on every
+# device.
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 

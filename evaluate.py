@@ -47,7 +47,7 @@ from data import (
     read_image,
     reader_may_leave,
 )
-from fishnet import FishNetConfig, check_weights, create_model
+from fishnet import FishNetConfig, archive_fault, check_weights, create_model
 
 
 class StateDict(dict):
@@ -280,23 +280,14 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def check_archive(file: BinaryIO) -> None:
-    """What torch.load does not ask of a file: checksums, one meaning, and no more than train.py puts into it."""
+    """ValueError: not as torch.save writes it, or with more in it than train.py puts there."""
+    size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        names = {record.filename for record in records}
-        folders = {name.partition("/")[0] for name in names}
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError("torch.save does not compress; a small file that does can fill the memory")
-        size = file.seek(0, os.SEEK_END)
-        if len(names) < len(records) or len(folders) > 1 or sum(record.file_size for record in records) > size:
-            raise ValueError("its records overlap")
-        if min(record.header_offset for record in records) > 0:
-            raise ValueError("something lies before its first record")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it fails its checksum")
-        with archive.open(f"{folders.pop()}/data.pkl") as file:
-            parse_pickle(file, PICKLED_NAMES)
+        if fault := archive_fault(archive, size):
+            raise ValueError(fault)
+        folder = archive.namelist()[0].partition("/")[0]
+        with archive.open(f"{folder}/data.pkl") as pickled:
+            parse_pickle(pickled, PICKLED_NAMES)
 
 
 def load_model(checkpoint: dict) -> nn.Module:

@@ -122,8 +122,9 @@ def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
         return nn.Identity()
     if kind == "repeat":
         return RepeatChannels(out_channels)
-    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-    return conv if kind == "conv" else nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv)
+    if kind == "norm_conv":
+        return nn.Sequential(*norm_conv(in_channels, out_channels))
+    return nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
 
 class ResidualUnit(nn.Module):
@@ -843,12 +844,19 @@ def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, st
         raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {shown}")
 
 
-def damaged_record(path: Path) -> str | None:
-    """The first part of an archive of torch.save that fails its checksum, at which torch.load does not look."""
-    if not zipfile.is_zipfile(path):
-        return None  # files from before PyTorch 1.6 have no checksums
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
+def archive_fault(archive: zipfile.ZipFile, size: int) -> str | None:
+    """Why a file of `size` bytes is not as torch.save writes it, for which torch.load does not look; None: it is."""
+    records = archive.infolist()
+    names = {record.filename for record in records}
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        return "compressed, which torch.save never does: a small file could fill the memory"
+    one_folder = len({name.partition("/")[0] for name in names}) == 1
+    if len(names) < len(records) or not one_folder or sum(record.file_size for record in records) > size:
+        return "its records overlap"
+    if min(record.header_offset for record in records) > 0:
+        return "something lies before its first record"
+    damaged = archive.testzip()
+    return damaged and f"{damaged} in it fails its checksum"
 
 
 def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
@@ -862,12 +870,15 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
-        damaged = damaged_record(path)
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        fault = None
+        if zipfile.is_zipfile(path):  # files from before PyTorch 1.6 are none, and have no checksums
+            with zipfile.ZipFile(path) as archive:
+                fault = archive_fault(archive, path.stat().st_size)
+        content = None if fault else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many kinds, with advice that would run a file's code
         raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
-    if damaged:
-        raise ValueError(f"{path}: damaged, {damaged} in it fails its checksum")
+    if fault:
+        raise ValueError(f"{path}: damaged, {fault}")
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

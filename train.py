@@ -1,7 +1,7 @@
 """Training: one loop of our own inside Hugging Face Accelerate.
 
     accelerate launch train.py                                   # the slides' experiment: FishNet-99 on CIFAR-10
-    accelerate launch train.py --recipe demo                     # drawn shapes, no download, 3 minutes on two cores
+    accelerate launch train.py --recipe demo                     # drawn shapes, no download, 4 minutes on two cores
     accelerate launch train.py --output-dir runs/a --resume auto # begin, or go on where runs/a stopped
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py # two processes on the CPU
 
@@ -544,7 +544,7 @@ def require_finite(steps: list[tuple[Tensor, int, float]]) -> None:
 
 
 def leave_on_signal(run: Run, number: int) -> None:
-    run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; go on with --resume auto")
+    run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; {go_on(run.args)}")
     leave(run.accelerator)
     sys.exit(128 + number)
 
@@ -633,7 +633,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     hide_unused_gpus()
     tf32 = args.mixed_precision == "tf32"
     allow_tf32(tf32)
-    torch.backends.cudnn.deterministic = True  # so that a GPU, too, resumes exactly
+    torch.backends.cudnn.deterministic = True  # without it a resumed run on a GPU has other bits
     accelerator = Accelerator(
         mixed_precision="no" if tf32 else args.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
@@ -760,6 +760,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     """Everything from the arguments. ValueError or OSError: something the user gave is wrong."""
     check_args(args, accelerator)
     output_dir = make_output_dir(args, accelerator)
+    args.output_dir = str(output_dir)
     lock = lock_output_dir(output_dir) if accelerator.is_main_process else None
     with accelerator.local_main_process_first():  # one process downloads, the others read
         data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
@@ -879,7 +880,7 @@ def main() -> None:
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
     except (OSError, datasets.ImageFileError) as error:
-        sys.exit(f"train.py: {error}. What was saved before is whole; go on with --resume auto.")
+        sys.exit(f"train.py: {error}. What was saved before is whole; {go_on(args)}.")
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"train.py: {explain(error, *advice(args, accelerator.num_processes))}")
     finally:
@@ -904,7 +905,11 @@ def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
         ways.append(f"--grad-accum-steps {more} (with --override, to go on)")
     if (smaller := share // parts // 2) > 1:  # images in a part
         ways.append(f"--batch-size {smaller * parts * processes} in a new run")
-    return ", or ".join(ways) or "another machine", "go on with --resume auto"
+    return ", or ".join(ways) or "another machine", go_on(args)
+
+
+def go_on(args: argparse.Namespace) -> str:
+    return f"go on with --output-dir {args.output_dir} --resume auto"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import nn
 import evaluate as evaluation
 from data import BatchTransform, ImageSet, load_data
 from evaluate import evaluate, load_checkpoint, load_model, predict
-from fishnet import create_model
+from fishnet import create_model, load_pretrained
 
 SIZES, BATCHES = (1, 2, 7, 9, 999), (1, 3, 64)
 
@@ -195,11 +195,11 @@ def test_checkpoints_run_no_code_and_must_have_their_keys(checkpoint, tmp_path):
             load_checkpoint(path)
 
 
-def rewritten(path: Path, change) -> None:
+def rewritten(path: Path, change, compression: int = zipfile.ZIP_STORED) -> None:
     """The archive with other records, [(name, content)], and right checksums."""
     with zipfile.ZipFile(path) as archive:
         records = change([(name, archive.read(name)) for name in archive.namelist()])
-    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
         warnings.simplefilter("ignore")  # a name twice
         for name, content in records:
             archive.writestr(name, content)
@@ -222,6 +222,15 @@ def test_tricks_of_an_archive_are_refused(checkpoint, tmp_path, change, reason):
     rewritten(tmp_path / "a.pt", change)
     with pytest.raises(ValueError, match=rf"a\.pt: damaged, or not a checkpoint \(.*{reason}"):
         load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_small_file_that_unpacks_to_much_is_refused(checkpoint, tmp_path):
+    torch.save(checkpoint["model"] | {"zeros": torch.zeros(2**23)}, tmp_path / "a.pt")
+    rewritten(tmp_path / "a.pt", list, zipfile.ZIP_DEFLATED)
+    assert "zeros" in torch.load(tmp_path / "a.pt", weights_only=True)
+    for load in load_checkpoint, lambda path: load_pretrained(create_model("fishnet_tiny"), path):
+        with pytest.raises(ValueError, match=r"a\.pt: damaged.*compressed"):
+            load(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("key, value", [("seed", 2**63), ("seed", -1), ("mean", [math.nan] * 3), ("std", [0.0] * 3)])

@@ -40,7 +40,7 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
     assert time.perf_counter() - began < 10
     assert process.returncode == code and "Traceback" not in out
     step = load(tmp_path / "run" / "last.pt")["state"]["step"]
-    assert f"{number.name}: saved step {step}; go on with --resume auto" in out and step > 0
+    assert f"{number.name}: saved step {step}; go on with --output-dir {tmp_path}/run --resume auto" in out and step > 0
 
 
 def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
@@ -214,7 +214,7 @@ def small_data() -> train.datasets.Data:
 
 
 def test_out_of_memory_says_what_to_do():
-    args = train.parse_args([])
+    args = train.parse_args(["--output-dir", "runs/a"])
     cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
     old = "[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), RuntimeError(old), MemoryError()):
@@ -224,7 +224,7 @@ def test_out_of_memory_says_what_to_do():
     assert "--compile failed (InvalidCxxCompiler: No working C++ compiler found): " in train.explain(compiler, "", "")
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
     line = train.explain(gone, *train.advice(args, 1))
-    assert re.match(r"another process is gone \(.*\): go on with --resume auto$", line)
+    assert re.match(r"another process is gone \(.*\): go on with --output-dir runs/a --resume auto$", line)
     with pytest.raises(RuntimeError, match="anything else"):
         train.explain(RuntimeError("anything else"), *train.advice(args, 1))
 
