@@ -15,7 +15,6 @@ import argparse
 import collections
 import contextlib
 import errno
-import functools
 import math
 import os
 import pickletools
@@ -30,7 +29,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -196,13 +194,13 @@ def reader_may_leave() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE if left else f"{Path(sys.argv[0]).name}: standard output: {error.strerror}")
 
 
-def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
+def parse_pickle(pickled: bytes, names: dict[str, object]) -> object:
     """What a pickle holds. "module name" in it stands for names["module name"]: nothing else is looked up or called.
 
     Python's unpickler, however its names are restricted, is crashed or kept busy for ever by a small file: by numpy's
     functions with lying arguments, by nested tuples as a key, by a memo of a billion places. Here keys are strings,
-    bytes and small numbers, and the opcodes those of honest files. Anything else: ValueError, or what a broken pickle
-    raises.
+    bytes and small numbers, the opcodes those of honest files, and what they make is no larger than `check_size`
+    allows. Anything else: ValueError, or what a broken pickle raises.
     """
     stack, marks, memo = [], [], {}
 
@@ -223,7 +221,7 @@ def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
                 raise ValueError(f"a key in it is a {type(key).__name__}")
             stack[-1][key] = value
 
-    for opcode, value, _ in pickletools.genops(file):
+    for opcode, value, _ in pickletools.genops(pickled):
         match opcode.name:
             case ("BININT1" | "BININT2" | "BININT" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINFLOAT" | "SHORT_BINBYTES"
                   | "BINBYTES" | "BINBYTES8" | "BYTEARRAY8"):  # fmt: skip
@@ -257,8 +255,8 @@ def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
             case "GLOBAL":
                 stack.append(look_up(value))
             case "STACK_GLOBAL":
-                name = stack.pop()
-                stack.append(look_up(f"{stack.pop()} {name}"))
+                name, module = stack.pop(), stack.pop()
+                stack.append(look_up(module + " " + name))  # a TypeError where they are no strings
             case "BINPERSID":
                 stack.append(look_up("persistent id")(stack.pop()))
             case "REDUCE":  # nothing but a value of `names` can be called
@@ -272,10 +270,30 @@ def parse_pickle(file: BinaryIO, names: dict[str, object]) -> object:
             case "FRAME":
                 pass
             case "STOP":
+                check_size(stack[-1])
                 return stack.pop()
             case _:
                 raise ValueError(f"it has a {opcode.name}, which no honest file contains")
     raise ValueError("it has no end")
+
+
+def check_size(content: object, most: int = 10**6, depth: int = 32) -> None:
+    """ValueError: more values, each counted wherever it stands, or deeper ones in one another, than honest files have.
+
+    A pair of twice a pair of twice a pair ... takes four bytes a level in a pickle, and for ever to print.
+    """
+    level, count = [content], 0
+    for _ in range(depth):
+        below = []
+        for value in level:
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            count += len(items)
+            if count > most:
+                raise ValueError(f"it has more than {most:,} values")
+            below += items
+        level = below
+    if level:
+        raise ValueError(f"it has values in one another, {depth} deep")
 
 
 class _Dtype:
@@ -319,19 +337,24 @@ def _from_buffer(content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: 
 def read_pickle(path: Path) -> dict:
     """The dict in a batch file, parsed without executing it. ValueError, naming the file: anything else."""
 
-    @functools.cache  # as large as the file at most, however often it says the same
+    encoded = {}  # as large as the file at most, however often it says the same
+
     def encode(text: str, codec: str) -> bytes:  # how Python 3 writes bytes in protocol 2
-        return text.encode("latin-1")
+        if type(text) is not str or codec != "latin1":
+            raise ValueError("bytes in it are not written as Python does")
+        if text not in encoded:
+            encoded[text] = text.encode("latin-1")
+        return encoded[text]
 
     names = {"_codecs encode": encode, "numpy ndarray": None, "numpy dtype": _Dtype}
     for core in ("numpy.core", "numpy._core"):  # numpy renamed it
         names[f"{core}.multiarray _reconstruct"] = _reconstruct
         names[f"{core}.numeric _frombuffer"] = _from_buffer
-    with path.open("rb") as file:
-        try:
-            content = parse_pickle(file, names)
-        except Exception as error:  # a broken pickle raises anything, from IndexError to MemoryError
-            raise ValueError(f"{path}: not a CIFAR file ({one_line(error)})") from None
+    pickled = path.read_bytes()
+    try:
+        content = parse_pickle(pickled, names)
+    except Exception as error:  # a broken pickle raises anything, from IndexError to MemoryError
+        raise ValueError(f"{path}: not a CIFAR file ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__.strip('_')}, expected a dict")
     return content

@@ -57,7 +57,9 @@ class StateDict(dict):
         """Empty: a pickle fills it item by item."""
 
     def set_state(self, state: dict) -> None:
-        """The versions: nothing to check."""
+        """The versions, and nothing that would take the place of a method."""
+        if list(state) != ["_metadata"]:
+            raise ValueError("a state_dict in it has odd attributes")
 
 
 CHECKPOINT_FORMAT = 1
@@ -275,6 +277,10 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: wrong or missing: {', '.join(wrong)}; expected a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: format {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
+    checkpoint["model"] = dict(checkpoint["model"])  # without the versions, which can be anything
+    size, there = sum(w.nbytes for w in checkpoint["model"].values() if isinstance(w, Tensor)), path.stat().st_size
+    if size > there:  # a number of the file may stand for many of a tensor
+        raise ValueError(f"{path}: weights of {size} bytes in a file of {there}")
     checkpoint["config"] = asdict(FishNetConfig()) | checkpoint["config"]
     return checkpoint
 
@@ -286,8 +292,7 @@ def check_archive(file: BinaryIO) -> None:
         if fault := archive_fault(archive, size):
             raise ValueError(fault)
         folder = archive.namelist()[0].partition("/")[0]
-        with archive.open(f"{folder}/data.pkl") as pickled:
-            parse_pickle(pickled, PICKLED_NAMES)
+        parse_pickle(archive.read(f"{folder}/data.pkl"), PICKLED_NAMES)
 
 
 def load_model(checkpoint: dict) -> nn.Module:

@@ -233,6 +233,38 @@ def test_a_small_file_that_unpacks_to_much_is_refused(checkpoint, tmp_path):
             load(tmp_path / "a.pt")
 
 
+def doubled(value: tuple, times: int = 60) -> tuple:
+    """A few bytes in a pickle, 2^60 values when it is printed or compared."""
+    for _ in range(times):
+        value = (value, value)
+    return value
+
+
+def wide_weights() -> tuple[dict, dict]:
+    """Config and weights of gigabytes, each of which is one number in the file."""
+    with torch.device("meta"):
+        model = create_model("fishnet_tiny", channels=(64, 128, 256, 2**15))
+    weights = {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in model.state_dict().items()}
+    return vars(model.config), weights
+
+
+def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
+    config, weights = wide_weights()
+    shadowed = create_model("fishnet_tiny").state_dict()
+    shadowed.keys = 1
+    for change, reason in [
+        ({"config": checkpoint["config"] | {"preact": doubled(())}}, "values"),
+        ({"args": checkpoint["args"] | {"augment": doubled(())}}, "values"),
+        ({"state": {"sums": doubled((0.5,), 40)}}, "values"),
+        ({"config": config, "model": weights}, "weights of .* bytes in a file of"),
+        ({"model": shadowed}, "attributes"),
+    ]:
+        torch.save(checkpoint | change, tmp_path / "a.pt")
+        assert (tmp_path / "a.pt").stat().st_size < 2**24
+        with pytest.raises(ValueError, match=rf"a\.pt: .*{reason}"):
+            load_checkpoint(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("key, value", [("seed", 2**63), ("seed", -1), ("mean", [math.nan] * 3), ("std", [0.0] * 3)])
 def test_numbers_that_no_run_has_are_refused(checkpoint, tmp_path, key, value):
     where = checkpoint["args"] if key == "seed" else {}
