@@ -5,6 +5,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of bits, which are a CPU's
 
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,11 +53,28 @@ def tiny_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its state in the process; each test starts without."""
+def as_before():
+    """Each test starts without what one before it left: Accelerate's state, train.py's handlers, programs that run."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def one_thread():
+    """Two threads wait for each other in every small operation where another program holds a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # A network of 11,000 parameters, and how it is trained where only the bits of a run matter.
@@ -66,17 +84,20 @@ SMALL += ["--opt", "sgd", "--lr", "0.02", "--weight-decay", "5e-4"]
 
 
 ROOT = Path(__file__).parent.parent
+STARTED: list[subprocess.Popen] = []
 
 
 def start_python(processes: int, *arguments: object, cwd: Path = ROOT, stdin: int | None = None) -> subprocess.Popen:
     """python ARGUMENTS on so many processes, on the CPU and on a free port; its output is on one pipe, stdout."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *map(str, (*launch, *arguments))],
         cwd=cwd, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+        text=True, start_new_session=True,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def start_train(cifar_dir: Path, output_dir: Path, *flags: str, processes: int = 1) -> subprocess.Popen:

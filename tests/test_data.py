@@ -37,14 +37,7 @@ from data import (
     stratified_split,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other in every small operation where another program holds a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_images(n, height=32, width=32, seed=0):

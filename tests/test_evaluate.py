@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, start_python
+from conftest import ROOT, TINY, start_python, start_train
 from torch import nn
 
 import evaluate as evaluation
@@ -77,7 +77,7 @@ evaluation.leave(accelerator)
 """
     (tmp_path / "script.py").write_text(script)
     process = start_python(processes, "script.py", cwd=tmp_path)
-    out = process.communicate()[0]
+    out = process.communicate(timeout=300)[0]
     assert process.returncode == 0, out
     for count, _, result in json.loads((tmp_path / "results.json").read_text()):
         expected = by_numpy(count)
@@ -135,6 +135,21 @@ def test_command(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
     torch.save(checkpoint, tmp_path / "a.pt")
     with pytest.raises(SystemExit, match="its classes are not those of"):
         evaluation.main()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_is_evaluated_as_it_evaluated_itself(cifar_dir, tmp_path, processes, monkeypatch, capsys):
+    """On the same part of the training images, with the first process's statistics of batch norm."""
+    process = start_train(cifar_dir, tmp_path / "run", *TINY, "--epochs", "1", "--seed", "2", processes=processes)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    path = tmp_path / "run" / "last.pt"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--split", "val", "--json"])
+    evaluation.main()
+    found = json.loads(capsys.readouterr().out)
+    [row] = load_checkpoint(path)["state"]["history"]
+    assert found["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+    assert [found[f"top{k}_error"] for k in (1, 5)] == [row[f"val_top{k}_error"] for k in (1, 5)]
 
 
 def test_tta_averages_an_image_and_its_mirror_image(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
@@ -326,7 +341,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint):
 
 
 def test_a_model_from_a_checkpoint_gives_the_logits_of_the_one_that_was_saved(checkpoint):
-    """Buffers that a state_dict does not have are made anew: the channels that a tail repeats."""
+    """Its config is not that of the name."""
     overrides = {"channels": (16, 24, 32, 48), "k": 2, "tail_shortcut": "repeat", "bridge": "none"}
     source = create_model("fishnet_tiny", **overrides).eval()
     content = checkpoint | {

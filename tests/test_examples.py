@@ -172,11 +172,11 @@ def test_resnet18_is_the_usual_one_in_both_programs(tiny_dir, tmp_path):
 
     flags = ["--recipe", "demo", "--dataset", "cifar10", "--data-dir", tiny_dir, "--max-steps", 1, "-b", 8]
     process = start_python(1, "examples/resnet18.py", "train", *flags, "--output-dir", tmp_path / "run")
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and output.startswith("resnet18, 11,173,962 parameters; cifar10"), output
     assert output.endswith("of ResNet-18: python examples/resnet18.py evaluate\n")
     process = start_python(1, "examples/resnet18.py", "evaluate", tmp_path / "run" / "last.pt", "--json")
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
     weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]

@@ -109,15 +109,6 @@ def saved_bytes(model, batch_size):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}.values())
 
 
-@pytest.fixture
-def one_thread():
-    """On busy cores the operators of a small network spend their time waiting for the other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("preact", [True, False])
 def test_activations_of_a_training_step(preact, one_thread):
     model = create_model("fishnet_tiny", tail_depths=(1, 1, 1, 0), preact=preact)

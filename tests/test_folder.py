@@ -65,6 +65,8 @@ def test_the_layout_is_read(tmp_path):
     draw(tmp_path / "train" / "loose.png")
     (tmp_path / "train" / "b" / "notes.txt").write_text("")
     (tmp_path / "train" / "b" / "folder.png").mkdir()
+    draw(tmp_path / "elsewhere" / "9.png")
+    (tmp_path / "train" / "b" / "link").symlink_to(tmp_path / "elsewhere")
     for split in ("val", "test"):
         for name in ("b", "A b"):
             draw(tmp_path / split / name / "0.png")
@@ -131,7 +133,7 @@ def test_a_name_that_is_no_utf8_is_printed_with_escapes(copy, monkeypatch):
     (copy / "train" / "apple" / os.fsdecode(b"caf\xe9.png")).write_text("no image")
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
     process = start_python(1, "data.py", "--dataset", "folder", "--data-dir", copy, "--check")
-    out = process.communicate()[0]
+    out = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "caf\\udce9.png" in out and "Traceback" not in out, out
 
 
@@ -222,6 +224,8 @@ def test_a_line_of_pixels_does_not_fill_the_memory(tmp_path):
 def test_augmentation_on_the_device_has_imagenets_colours(photos):
     train_set = load_data("folder", photos, image_size=32).train
     assert [type(t).__name__ for t in data.train_transforms("standard", train_set)] == ["RandomHorizontalFlip"]
+    assert data.train_transforms("cutmix", train_set) == data.train_transforms("standard", train_set)
+    assert data.train_transforms("cutout", train_set) == [data.RandomHorizontalFlip(), data.Cutout(12)]
     assert data.train_transforms("none", train_set) == []
     flip, pca = data.train_transforms("slides", train_set)
     assert (flip.p, pca.std, pca.p) == (0.5, 0.1, 0.5)

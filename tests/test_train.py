@@ -171,6 +171,15 @@ def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
     torch.testing.assert_close(others, twins)
 
 
+def test_adamw_decays_matrices_alone():
+    model = train.create_model("fishnet_tiny")
+    args = train.parse_args(["--opt", "adamw", "--lr", "0.1", "--weight-decay", "0.5"])
+    optimizer = train.make_optimizer(args, model)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all(decays[id(p)] == (0.5 if p.ndim > 1 else 0) for p in model.parameters())
+
+
 def test_cutmix_trains_on_mixed_images_and_labels(run_train, tmp_path, monkeypatch):
     images, targets, calls = [], [], []
 
@@ -236,9 +245,9 @@ def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
     assert norms == {"gradient_norm/tail", "gradient_norm/head"}
 
 
-@pytest.mark.parametrize("opt", ["sgd", "muon"])
+@pytest.mark.parametrize("opt", ["sgd", "adam", "adamw", "muon", "sgd --mixed-precision bf16"])
 def test_resume_after_max_steps_is_exact(run_train, tmp_path, opt, steps=9):  # in the middle of an epoch
-    flags = "--epochs", "3", "--opt", opt
+    flags = *TINY, "-b", "32", "--epochs", "3", "--opt", *opt.split()
     run_train(tmp_path / "whole", *flags)
     run_train(tmp_path / "parts", *flags, "--max-steps", str(steps))
     out = run_train(tmp_path / "parts", *flags, "--resume", "auto")
@@ -276,12 +285,24 @@ from test_train import keep_every_step
 keep_every_step(Path("run"))
 train.main()
 """)
-    for more in (["--output-dir", "run"], ["--output-dir", "run-4", "--resume", "auto"]):
-        process = start_python(2, "script.py", *flags, *more, cwd=tmp_path)
-        out = process.communicate()[0]
+
+    def run(processes, folder, *more):
+        process = start_python(processes, "script.py", *flags, "--output-dir", folder, *more, cwd=tmp_path)
+        out = process.communicate(timeout=300)[0]
         assert process.returncode == 0, out
-    assert "resumed run-4/last.pt at step 4, epoch 2" in out, out
+        return out
+
+    run(2, "run")
+    shutil.copytree(tmp_path / "run-5", tmp_path / "alone")
+    assert "resumed run-4/last.pt at step 4, epoch 2" in run(2, "run-4", "--resume", "auto")
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "run-4"))
+
+    # One process goes on with the sums of both, and does the same step, but for rounding.
+    out = run(1, "alone", "--resume", "auto", "--grad-accum-steps", "2", "--override")
+    assert "resumed alone/last.pt at step 5, epoch 2" in out, out
+    two, one = (load(tmp_path / name / "last.pt")["state"]["history"][-1] for name in ("run", "alone"))
+    assert one["train_top1_error"] == two["train_top1_error"]
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
 
 
 def test_resume_after_signals_is_exact(run_train, tmp_path, monkeypatch):
@@ -535,7 +556,7 @@ def test_two_processes_train_like_one(cifar_dir, tmp_path):
     flags = ("--epochs", "4", "--max-steps", "20", "--lr", "2e-4", "--clip-grad", "1", "--augment", "slides")
     for name, processes, more in (("one", 1, ("--grad-accum-steps", "2")), ("two", 2, ())):
         process = start_train(cifar_dir, tmp_path / name, *flags, *more, processes=processes)
-        out = process.communicate()[0]
+        out = process.communicate(timeout=300)[0]
         assert process.returncode == 0, out
     a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
     assert a["state"]["step"] == b["state"]["step"] == 20
@@ -562,9 +583,10 @@ def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path):
     assert "resumed" in run_train(tmp_path / "again", *TINY, *flags)
 
 
+@pytest.mark.skipif(not CORES, reason="no sched_setaffinity")
 def test_all_cores_work_in_spite_of_omp_num_threads():
     """accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU."""
     code = f"import os; os.sched_setaffinity(0, {CORES}); import train, torch; " \
         "train.make_accelerator(train.parse_args([])); print(torch.get_num_threads())"  # fmt: skip
-    out = start_python(1, "-c", code).communicate()[0]
+    out = start_python(1, "-c", code).communicate(timeout=300)[0]
     assert int(out.split()[-1]) == len(CORES), out
