@@ -261,6 +261,8 @@ def parse_pickle(pickled: bytes, names: dict[str, object]) -> object:
                 stack.append(look_up("persistent id")(stack.pop()))
             case "REDUCE":  # nothing but a value of `names` can be called
                 arguments = stack.pop()
+                if type(arguments) is not tuple or len(arguments) > 8:  # each call copies them
+                    raise ValueError("it calls something with odd arguments")
                 stack.append(stack.pop()(*arguments))
             case "BUILD":
                 state = stack.pop()
@@ -277,20 +279,22 @@ def parse_pickle(pickled: bytes, names: dict[str, object]) -> object:
     raise ValueError("it has no end")
 
 
-def check_size(content: object, most: int = 10**6, depth: int = 32) -> None:
-    """ValueError: more values, each counted wherever it stands, or deeper ones in one another, than honest files have.
+def check_size(content: object, most: int = 10**7, depth: int = 32) -> None:
+    """ValueError: more values and letters, counted wherever they stand, or a deeper nest, than honest files have.
 
-    A pair of twice a pair of twice a pair ... takes four bytes a level in a pickle, and for ever to print.
+    A pair of twice a pair of twice a pair ... takes three bytes a level in a pickle, and for ever to print.
     """
     level, count = [content], 0
     for _ in range(depth):
         below = []
         for value in level:
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            count += len(items)
+            items = list(value.values()) if isinstance(value, dict) else value
+            if isinstance(items, (list, tuple, str, bytes)):
+                count += len(items)
             if count > most:
-                raise ValueError(f"it has more than {most:,} values")
-            below += items
+                raise ValueError(f"it stands for more than {most:,} values and letters")
+            if isinstance(items, (list, tuple)):
+                below += items
         level = below
     if level:
         raise ValueError(f"it has values in one another, {depth} deep")

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import io
 import json
 import math
 import os
@@ -23,7 +24,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ from data import (
     read_image,
     reader_may_leave,
 )
-from fishnet import FishNetConfig, archive_fault, check_weights, create_model
+from fishnet import FishNetConfig, check_weights, checked_copy, create_model
 
 
 class StateDict(dict):
@@ -67,13 +67,6 @@ CHECKPOINT_KEYS = {
     "format": int, "name": str, "config": dict, "model": dict, "classes": list, "mean": list, "std": list,
     "args": dict, "state": dict,
 }  # fmt: skip
-# What the pickle in a checkpoint may name, with stand-ins for parse_pickle, which only has to come to its end.
-PICKLED_NAMES = {f"torch {kind}Storage": None for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int")}
-PICKLED_NAMES |= {
-    "collections OrderedDict": StateDict,
-    "torch._utils _rebuild_tensor_v2": lambda *arguments: None,
-    "persistent id": lambda storage: None,
-}
 ARGS_KEYS = {"dataset": str, "data_dir": str, "val_fraction": (int, float), "seed": int}
 FOLDER_ARGS_KEYS = ARGS_KEYS | {"image_size": int}
 
@@ -248,17 +241,14 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: a folder; expected a checkpoint, such as {path / 'best.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    with path.open("rb") as file:
-        try:
-            check_archive(file)
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-            if out_of_memory(error):
-                raise  # and the file may be whole
-            if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
-                raise OSError(error.errno, error.strerror, str(path)) from None  # so it may on a disk that fails
-            raise ValueError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from None
+    try:
+        checkpoint = torch.load(read_archive(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        if out_of_memory(error):
+            raise  # and the file may be whole
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
+            raise OSError(error.errno, error.strerror, str(path)) from None  # so it may on a disk that fails
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")
     wrong = [key for key, kind in CHECKPOINT_KEYS.items() if not isinstance(checkpoint.get(key), kind)]
@@ -273,26 +263,57 @@ def load_checkpoint(path: str | Path) -> dict:
         if not isinstance(images, dict) or [type(images.get(split)) for split in ("train", "val")] != [int, int]:
             wrong.append("images")
         wrong += [key for key in ("classes", "config") if not all(type(name) is str for name in checkpoint[key])]
+        wrong += [key for key in ("args", "config", "state") if key not in wrong and not is_plain(checkpoint[key])]
     if wrong:
         raise ValueError(f"{path}: wrong or missing: {', '.join(wrong)}; expected a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: format {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
     checkpoint["model"] = dict(checkpoint["model"])  # without the versions, which can be anything
-    size, there = sum(w.nbytes for w in checkpoint["model"].values() if isinstance(w, Tensor)), path.stat().st_size
-    if size > there:  # a number of the file may stand for many of a tensor
-        raise ValueError(f"{path}: weights of {size} bytes in a file of {there}")
     checkpoint["config"] = asdict(FishNetConfig()) | checkpoint["config"]
     return checkpoint
 
 
-def check_archive(file: BinaryIO) -> None:
-    """ValueError: not as torch.save writes it, or with more in it than train.py puts there."""
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        if fault := archive_fault(archive, size):
-            raise ValueError(fault)
+def read_archive(path: Path) -> io.BytesIO:
+    """A checked copy of a checkpoint's file. ValueError: there is more in it than train.py puts there."""
+    copy = checked_copy(path)
+    with zipfile.ZipFile(copy) as archive:
         folder = archive.namelist()[0].partition("/")[0]
-        parse_pickle(archive.read(f"{folder}/data.pkl"), PICKLED_NAMES)
+        parse_pickle(archive.read(f"{folder}/data.pkl"), pickled_names())
+    copy.seek(0)
+    return copy
+
+
+def pickled_names() -> dict[str, object]:
+    """For `parse_pickle`: what a checkpoint may name, with stand-ins that make tensors no larger than the file."""
+    seen = set()
+
+    def storage(key: tuple) -> int:
+        """The size of what `key` names, ("storage", type, name, device, size)."""
+        _, _, name, _, size = key
+        if name.lower() in seen:
+            raise ValueError("two tensors in it share their numbers")
+        seen.add(name.lower())
+        return size
+
+    def tensor(size: int, offset: int, shape: tuple, *others: object) -> None:
+        if math.prod(shape) > size:
+            raise ValueError("one number in it stands for many of a tensor")
+
+    names = {f"torch {kind}Storage": None for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int")}
+    return names | {
+        "collections OrderedDict": StateDict,
+        "torch._utils _rebuild_tensor_v2": tensor,
+        "persistent id": storage,
+    }
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is made of numbers and strings alone."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def load_model(checkpoint: dict) -> nn.Module:

@@ -33,6 +33,7 @@ Equations and figures are those of [P].
 
 import contextlib
 import functools
+import io
 import re
 import zipfile
 from collections import OrderedDict
@@ -844,19 +845,25 @@ def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, st
         raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {shown}")
 
 
-def archive_fault(archive: zipfile.ZipFile, size: int) -> str | None:
-    """Why a file of `size` bytes is not as torch.save writes it, for which torch.load does not look; None: it is."""
-    records = archive.infolist()
-    names = {record.filename for record in records}
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        return "compressed, which torch.save never does: a small file could fill the memory"
-    one_folder = len({name.partition("/")[0] for name in names}) == 1
-    if len(names) < len(records) or not one_folder or sum(record.file_size for record in records) > size:
-        return "its records overlap"
-    if min(record.header_offset for record in records) > 0:
-        return "something lies before its first record"
-    damaged = archive.testzip()
-    return damaged and f"{damaged} in it fails its checksum"
+def checked_copy(path: Path) -> io.BytesIO:
+    """An archive of torch.save made anew, of what zipfile finds in it: torch.load may find something else in the file.
+
+    Its checksums are verified. ValueError, or what zipfile raises: damaged, or not as torch.save writes it.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as made:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("compressed, which torch.save never does: a small file could fill the memory")
+        names = {record.filename.lower() for record in records}  # torch.load does not look at the case
+        one_folder = len({name.partition("/")[0] for name in names}) == 1
+        size = sum(record.file_size for record in records)
+        if len(names) < len(records) or not one_folder or size > path.stat().st_size:
+            raise ValueError("its records overlap")
+        for record in records:
+            made.writestr(record.filename, archive.read(record))
+    copy.seek(0)
+    return copy
 
 
 def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
@@ -869,16 +876,16 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
+    try:  # files from before PyTorch 1.6 are no archives, and have no checksums
+        file = checked_copy(path) if zipfile.is_zipfile(path) else path
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile raises many kinds for a damaged file
+        raise ValueError(f"{path}: damaged ({error})") from None
     try:
-        fault = None
-        if zipfile.is_zipfile(path):  # files from before PyTorch 1.6 are none, and have no checksums
-            with zipfile.ZipFile(path) as archive:
-                fault = archive_fault(archive, path.stat().st_size)
-        content = None if fault else torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many kinds, with advice that would run a file's code
         raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
-    if fault:
-        raise ValueError(f"{path}: damaged, {fault}")
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

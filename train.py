@@ -31,6 +31,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -429,8 +430,7 @@ def load_state(run: Run, checkpoint: dict) -> Tensor:
         for value in values.values():
             if value is None:
                 continue  # SGD's momentum before the first step
-            repeats = value.nbytes > value.untyped_storage().nbytes()  # one number of the file stands for many
-            if repeats or value.shape not in ((), parameter.shape) or not value.isfinite().all():
+            if value.shape not in ((), parameter.shape) or not value.isfinite().all():
                 raise ValueError("a tensor of the optimizer does not fit or is not finite")
     if run.accelerator.scaler and checkpoint["scaler"]:
         run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
@@ -910,7 +910,7 @@ def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
 
 
 def go_on(args: argparse.Namespace) -> str:
-    return f"go on with --output-dir {args.output_dir} --resume auto"
+    return f"go on with --output-dir {shlex.quote(args.output_dir)} --resume auto" if args.output_dir else "start again"
 
 
 if __name__ == "__main__":

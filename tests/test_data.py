@@ -167,25 +167,32 @@ def pickled(value):
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
-# 60 tuples, each of twice the one before; the first is in the memo's place 0.
-DOUBLED = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
-# Each crashes Python's unpickler with numpy's functions, or keeps it busy for ever, in less than a megabyte.
+# 60 tuples, each of twice the one before.
+DOUBLED = b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(60))
+LATIN = b"X\x06\x00\x00\x00latin1"
+# Each crashes Python's unpickler with numpy's functions, or keeps it busy for ever, or takes gigabytes, in less than a
+# megabyte or two; and why it is refused.
 BOMBS = {
-    "a deep key": b"})" + b"\x85" * 300_000 + b"K\x01s.",
-    "a key that doubles": b"})q\x00" + DOUBLED + b"K\x01s.",
-    "a full memo": b"}r\xff\xff\xff\xff0",
-    "a long": b"}U\x04data\x8b\xff\xff\xff\x7f",
-    "an array of pointers": b"}U\x04datacnumpy\nndarray\n" + pickled(((1,), "O", b"A" * 8)) + b"Rs.",
-    "a type that lies": b"}U\x04datacnumpy\ndtype\n" + pickled(("V8",)) + b"R"
-    + pickled((3, "|", None, ("a",), {"a": (None, 0)}, 8, 1, 0)) + b"bs.",
-    "a large array": b"}U\x04datacnumpy\nndarray\n" + pickled(((2**40, 3072), "u1")) + b"Rs.",
-    "many copies": b"}U\x04data(c_codecs\nencode\nX\x00\x00\x10\x00" + b"A" * 2**20 + b"U\x06latin1\x86q\x01R"
-    + b"c_codecs\nencode\nh\x01R" * 10_000 + b"ls.",
-    "many codecs": b"}U\x04data(c_codecs\nencode\nq\x00X\x00\x00\x08\x00" + b"A" * 2**19 + b"q\x01"
-    + b"".join(b"h\x00h\x01M%c%c\x86R" % divmod(i, 256)[::-1] for i in range(60_000)) + b"ls.",
-    "a value that doubles": b"}U\x04data)q\x00" + DOUBLED + b"s.",
-    "a name that doubles": b")q\x00" + DOUBLED + b"\x8c\x01x\x93.",
-    "a text that doubles": b"c_codecs\nencode\n)q\x00" + DOUBLED + b"U\x06latin1\x86R.",
+    "a deep key": (b"})" + b"\x85" * 300_000 + b"K\x01s.", "a key in it is a tuple"),
+    "a key that doubles": (b"}" + DOUBLED + b"K\x01s.", "a key in it is a tuple"),
+    "a value that doubles": (b"}U\x04data" + DOUBLED + b"s.", "values and letters"),
+    "a deep value": (b"}U\x04data)" + b"\x85" * 300_000 + b"s.", "32 deep"),
+    "a name that doubles": (DOUBLED + b"\x8c\x01x\x93.", "can only concatenate tuple"),
+    "a text that doubles": (b"c_codecs\nencode\n" + DOUBLED + LATIN + b"\x86R.", "not written as Python does"),
+    "a full memo": (b"}r\xff\xff\xff\xff0", "a POP"),
+    "a long": (b"}U\x04data\x8b\xff\xff\xff\x7f", "not enough data"),
+    "an array of pointers": (b"}U\x04datacnumpy\nndarray\n" + pickled(((1,), "O", b"A" * 8)) + b"Rs.",
+                             "not callable"),
+    "a type that lies": (b"}U\x04datacnumpy\ndtype\n" + pickled(("V8",)) + b"R"
+                         + pickled((3, "|", None, ("a",), {"a": (None, 0)}, 8, 1, 0)) + b"bs.", "is of 'V8'"),
+    "a large array": (b"}U\x04datacnumpy\nndarray\n" + pickled(((2**40, 3072), "u1")) + b"Rs.", "not callable"),
+    "many copies": (b"}U\x04data](c_codecs\nencode\nq\x00X\x00\x00\x10\x00" + b"A" * 2**20 + LATIN + b"\x86q\x01R"
+                    + b"h\x00h\x01R" * 10_000 + b"es.", "values and letters"),
+    "many codecs": (b"}U\x04data](c_codecs\nencode\nq\x00X\x00\x00\x08\x00" + b"A" * 2**19 + b"q\x01"
+                    + b"".join(b"h\x00h\x01M%c%c\x86R" % divmod(i, 256)[::-1] for i in range(60_000)) + b"es.",
+                    "not written as Python does"),
+    "many arguments": (b"}U\x04data](cnumpy\ndtype\nq\x00(U\x02u1" + b"N" * 400_000 + b"tq\x01R"
+                       + b"h\x00h\x01R" * 100_000 + b"es.", "odd arguments"),
 }  # fmt: skip
 
 READ_IN_LITTLE_MEMORY = """
@@ -208,11 +215,12 @@ def test_a_small_file_can_neither_crash_nor_delay(tmp_path):
     """All files are refused in one process of a minute and a gigabyte at most."""
     paths = [tmp_path / case for case in BOMBS]
     for path in paths:
-        path.write_bytes(b"\x80\x02" + BOMBS[path.name])
+        path.write_bytes(b"\x80\x02" + BOMBS[path.name][0])
     process = start_python(1, "-c", READ_IN_LITTLE_MEMORY, *paths)
     lines = process.communicate(timeout=300)[0].splitlines()
-    assert [line.partition(": not a CIFAR file")[0] for line in lines] == list(map(str, paths)), lines[-1]
-    assert process.returncode == 0 and "MemoryError" not in "".join(lines)
+    assert process.returncode == 0 and len(lines) == len(paths), lines[-1]
+    for path, line in zip(paths, lines):
+        assert line.startswith(f"{path}: not a CIFAR file (") and BOMBS[path.name][1] in line, line
 
 
 BROKEN = {

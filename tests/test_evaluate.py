@@ -227,6 +227,7 @@ def rewritten(path: Path, change, compression: int = zipfile.ZIP_STORED) -> None
          "a key in it is a tuple"),  # torch.load dies of it
         (lambda records: [*records, records[0]], "its records overlap"),
         (lambda records: [*records, ("other/data.pkl", records[0][1])], "its records overlap"),
+        (lambda records: [*records, (records[0][0].replace("data.pkl", "DATA.pkl"), b"")], "its records overlap"),
         (lambda records: [(n, c[: len(c) // 2] if n.endswith("/data/0") else c) for n, c in records], "size"),
     ],
 )  # fmt: skip
@@ -267,11 +268,18 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
     config, weights = wide_weights()
     shadowed = create_model("fishnet_tiny").state_dict()
     shadowed.keys = 1
+    numbers, letters = torch.zeros(9), "a" * 2**20
     for change, reason in [
         ({"config": checkpoint["config"] | {"preact": doubled(())}}, "values"),
+        ({"config": checkpoint["config"] | {"structure": [letters] * 99}}, "letters"),
         ({"args": checkpoint["args"] | {"augment": doubled(())}}, "values"),
         ({"state": {"sums": doubled((0.5,), 40)}}, "values"),
-        ({"config": config, "model": weights}, "weights of .* bytes in a file of"),
+        ({"config": config, "model": weights}, "one number in it stands for many"),
+        ({"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(()).expand(2**35)}}}}, "one number"),
+        ({"model": {"a": numbers[:5], "b": numbers[4:]}}, "two tensors in it share"),
+        ({"state": checkpoint["state"] | {"sums": numbers}}, "wrong or missing: state;"),
+        ({"args": checkpoint["args"] | {"lr": numbers}}, "wrong or missing: args;"),
+        ({"config": checkpoint["config"] | {"num_classes": numbers}}, "wrong or missing: config;"),
         ({"model": shadowed}, "attributes"),
     ]:
         torch.save(checkpoint | change, tmp_path / "a.pt")
@@ -305,7 +313,7 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint(checkpoint, tmp_path, monkey
     torch.save(checkpoint, tmp_path / "a.pt")
     memory = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     for error in (OSError(errno.EIO, "Input/output error"), MemoryError(), memory):
-        monkeypatch.setattr(evaluation, "check_archive", lambda file, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(evaluation, "read_archive", lambda path, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             load_checkpoint(tmp_path / "a.pt")
 
