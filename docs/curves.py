@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 Curves = dict[str, list[tuple[int, float]]]  # points (epoch, value) by column
 PANELS = (("loss", "loss", 1), ("top1_error", "top-1 error, %", 100))  # a column without train_ or val_, title, factor
-SPLITS = (("train", "training", "--"), ("val", "validation", "-"))
+SPLITS = {"train": "--", "val": "-"}
 
 
 def parse_run(argument: str) -> tuple[str, Path]:
@@ -33,25 +34,24 @@ def read_curves(path: Path) -> Curves:
         rows = list(csv.DictReader(file))
     if not rows or not all(row.get(name) for row in rows for name in ("epoch", "train_loss", "train_top1_error")):
         raise ValueError("expected rows with epoch, train_loss and train_top1_error, as train.py writes them")
-    columns = [f"{split}_{column}" for split, _, _ in SPLITS for column, _, _ in PANELS]
+    columns = [f"{split}_{column}" for split in SPLITS for column, _, _ in PANELS]
     return {name: [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)] for name in columns}
 
 
 def draw(out: Path, runs: list[tuple[str, Curves]]) -> None:
     """OSError, ValueError: the picture cannot be written there, or not in the format of that name."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for panel, (column, title, factor) in zip(axes, PANELS):
-        for i, (label, curves) in enumerate(runs):
-            for split, word, style in SPLITS:
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    for panel, (column, title, factor) in zip(figure.subplots(1, 2), PANELS):
+        for i, (_, curves) in enumerate(runs):
+            for split, style in SPLITS.items():
                 if points := curves[f"{split}_{column}"]:
                     epochs, values = zip(*points)
-                    values = [factor * value for value in values]
-                    panel.plot(epochs, values, f".{style}", markersize=4, color=f"C{i}", label=f"{label}, {word}")
+                    panel.plot(epochs, [factor * value for value in values], f".{style}", markersize=4, color=f"C{i}")
         panel.set(title=title, xlabel="epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
-    axes[1].legend()
+    lines = [Line2D([], [], color=f"C{i}", label=label) for i, (label, _) in enumerate(runs)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, title="training dashed, validation solid")
     figure.savefig(out, dpi=150)
 
 

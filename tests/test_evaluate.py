@@ -137,10 +137,9 @@ def test_command(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
         evaluation.main()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_is_evaluated_as_it_evaluated_itself(cifar_dir, tmp_path, processes, monkeypatch, capsys):
+def test_a_run_of_two_processes_is_evaluated_as_it_evaluated_itself(cifar_dir, tmp_path, monkeypatch, capsys):
     """On the same part of the training images, with the first process's statistics of batch norm."""
-    process = start_train(cifar_dir, tmp_path / "run", *TINY, "--epochs", "1", "--seed", "2", processes=processes)
+    process = start_train(cifar_dir, tmp_path / "run", *TINY, "--epochs", "1", "--seed", "2", processes=2)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 0, out
     path = tmp_path / "run" / "last.pt"
@@ -269,6 +268,7 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
     shadowed = create_model("fishnet_tiny").state_dict()
     shadowed.keys = 1
     numbers, letters = torch.zeros(9), "a" * 2**20
+    checkpoint |= {"model": {}}  # and so each file is small
     for change, reason in [
         ({"config": checkpoint["config"] | {"preact": doubled(())}}, "values"),
         ({"config": checkpoint["config"] | {"structure": [letters] * 99}}, "letters"),
@@ -283,7 +283,7 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
         ({"model": shadowed}, "attributes"),
     ]:
         torch.save(checkpoint | change, tmp_path / "a.pt")
-        assert (tmp_path / "a.pt").stat().st_size < 2**24
+        assert (tmp_path / "a.pt").stat().st_size < 2**23
         with pytest.raises(ValueError, match=rf"a\.pt: .*{reason}"):
             load_checkpoint(tmp_path / "a.pt")
 
