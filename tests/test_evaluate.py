@@ -268,7 +268,7 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
     shadowed = create_model("fishnet_tiny").state_dict()
     shadowed.keys = 1
     numbers, letters = torch.zeros(9), "a" * 2**20
-    checkpoint |= {"model": {}}  # and so each file is small
+    checkpoint = checkpoint | {"model": {}}  # and so each file is small
     for change, reason in [
         ({"config": checkpoint["config"] | {"preact": doubled(())}}, "values"),
         ({"config": checkpoint["config"] | {"structure": [letters] * 99}}, "letters"),
