@@ -860,6 +860,8 @@ def checked_copy(path: Path) -> io.BytesIO:
         size = sum(record.file_size for record in records)
         if len(names) < len(records) or not one_folder or size > path.stat().st_size:
             raise ValueError("its records overlap")
+        if min(record.header_offset for record in records) > 0:
+            raise ValueError("something lies before its first record")
         for record in records:
             made.writestr(record.filename, archive.read(record))
     copy.seek(0)

@@ -288,6 +288,13 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
             load_checkpoint(tmp_path / "a.pt")
 
 
+def test_what_lies_before_an_archive_is_refused(checkpoint, tmp_path):
+    torch.save(checkpoint, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(b"more" + (tmp_path / "a.pt").read_bytes())
+    with pytest.raises(ValueError, match=r"b\.pt: damaged.*something lies before its first record"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
 @pytest.mark.parametrize("key, value", [("seed", 2**63), ("seed", -1), ("mean", [math.nan] * 3), ("std", [0.0] * 3)])
 def test_numbers_that_no_run_has_are_refused(checkpoint, tmp_path, key, value):
     where = checkpoint["args"] if key == "seed" else {}

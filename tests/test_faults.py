@@ -35,7 +35,7 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
     time.sleep(2)
     process.send_signal(number)
     process.send_signal(number)  # an impatient user
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=10)[0]
     assert process.returncode == code and "Traceback" not in out
     step = load(tmp_path / "run" / "last.pt")["state"]["step"]
     assert f"{number.name}: saved step {step}; go on with --output-dir {tmp_path}/run --resume auto" in out and step > 0
@@ -46,7 +46,7 @@ def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
     wait_for(process, "steps an epoch")
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=30)[0]
     state = load(tmp_path / "run" / "last.pt")["state"]
     assert f"SIGTERM: saved step {state['step']}" in out
     done = state["step"] - 6 * state["epoch"]
