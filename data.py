@@ -19,6 +19,7 @@ import math
 import os
 import pickletools
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -576,7 +577,7 @@ class FolderSet(Dataset):
         try:
             image = read_image(self.files[index])
         except ImageFileError as error:
-            check = f"python data.py --dataset folder --data-dir {self.root} --check"
+            check = f"python data.py --dataset folder --data-dir {shlex.quote(str(self.root))} --check"
             raise ImageFileError(f"{error}; {check} lists all such files") from None
         if self.epoch is None:
             return centre_crop(image, self.size, self.ratio), self.labels[index]
@@ -692,13 +693,11 @@ class EpochBatches:
     epoch. `seek` chooses the epoch and the micro-batch to start at. ValueError: not one global batch in `length`.
     """
 
-    drop_last = True
-
     def __init__(self, length: int, batch_size: int, accum_steps: int = 1, seed: int = 0) -> None:
         if batch_size > length:
             raise ValueError(f"batch-size={batch_size}: expected at most {length}, the number of training images")
         self.length = length
-        self.batch_size = batch_size // accum_steps
+        self.batch_size = batch_size // accum_steps  # of a micro-batch: Accelerate reads it
         self.batches = length // batch_size * accum_steps
         self.seed = seed
         self.seek(0)

@@ -12,7 +12,6 @@ JSON, per cent in the table.
 import argparse
 import contextlib
 import ctypes
-import errno
 import io
 import json
 import math
@@ -246,8 +245,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         if out_of_memory(error):
             raise  # and the file may be whole
-        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
-            raise OSError(error.errno, error.strerror, str(path)) from None  # so it may on a disk that fails
+        if isinstance(error, OSError):  # it cannot be read now, and may be whole
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise ValueError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}; expected a checkpoint of train.py")
@@ -451,6 +450,8 @@ def load_evaluated(args: argparse.Namespace, checkpoint: dict, accelerator: Acce
     data_dir = args.data_dir or trained["data_dir"]
     with accelerator.local_main_process_first():  # one process downloads, the others read
         size, ratio = input_size(checkpoint)
+        if args.dataset != "folder" and size != 32:
+            raise ValueError(f"dataset={args.dataset}: 32 x 32 pixels; {args.checkpoint} takes {size} x {size}")
         data = load_data(args.dataset, data_dir, trained["val_fraction"], trained["seed"], size, ratio)
     if list(data.classes) != checkpoint["classes"]:
         raise ValueError(f"dataset={args.dataset}: its classes are not those of {args.checkpoint}")

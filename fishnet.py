@@ -319,8 +319,9 @@ class FishNetConfig:
     has the SE unit besides). body_depths, head_depths: regular units of B4 B3 B2 and of H1-H4; both empty leave the
     ResNet that the tail is. k: how many channels r_k sums. preact: BN-ReLU before the convolutions or after.
     tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
-    T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts, after a 3x3 convolution if preact.
-    Without it the first of them takes the image, and 0 leaves a 3x3 convolution with BN-ReLU. stem_stride: of the first
+    T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts. If preact, a 3x3 convolution comes
+    before them, and 0 leaves it alone; if not, the first of them takes the image, and 0 leaves a 3x3 convolution with
+    BN-ReLU. stem_stride: of the first
     3x3 convolution, which is 7x7 for 4, so that it sees every pixel. final_norm: BN-ReLU before the last pool.
     in_channels: of the images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1
     to 32. transfer_depths: residual units of the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as it
@@ -751,6 +752,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     Of the stem, of each stage of the tail, and of the three parts of each stage of body and head only the inputs are
     kept. Works in place, on a network or on whatever contains one, and leaves the names of its weights; outputs,
     gradients and batch norm's running statistics stay what they were. Chen et al. 2016, arXiv 1604.06174.
+    ValueError: the model contains none of these networks.
     """
     parts = []
     for module in model.modules():
@@ -758,6 +760,8 @@ def checkpoint_activations(model: nn.Module) -> None:
             parts += [module.stem, *module.tail]
         elif isinstance(module, Stage):
             parts += [module.regular, module.transfer, module.refine]
+    if not parts:
+        raise ValueError("checkpoint-activations: for the networks of fishnet.py, of which this model contains none")
     for part in parts:
         part.forward = functools.partial(forward_again, part, part.forward)
 
@@ -848,17 +852,21 @@ def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, st
 def checked_copy(path: Path) -> io.BytesIO:
     """An archive of torch.save made anew, of what zipfile finds in it: torch.load may find something else in the file.
 
-    Its checksums are verified. ValueError, or what zipfile raises: damaged, or not as torch.save writes it.
+    Its checksums are verified. OSError: it cannot be read. ValueError, or what zipfile raises: it is damaged, or not as
+    torch.save writes it.
     """
+    with path.open("rb") as file:  # whole: zipfile would say of a disk that fails that the file is damaged
+        content = file.read(2)
+        content += file.read() if content == b"PK" else b""
     copy = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as made:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(copy, "w") as made:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("compressed, which torch.save never does: a small file could fill the memory")
         names = {record.filename.lower() for record in records}  # torch.load does not look at the case
         one_folder = len({name.partition("/")[0] for name in names}) == 1
         size = sum(record.file_size for record in records)
-        if len(names) < len(records) or not one_folder or size > path.stat().st_size:
+        if len(names) < len(records) or not one_folder or size > len(content):
             raise ValueError("its records overlap")
         if min(record.header_offset for record in records) > 0:
             raise ValueError("something lies before its first record")

@@ -114,7 +114,7 @@ class ModelArgs(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], option: str
     ) -> None:
-        fields = dict(getattr(namespace, self.dest))
+        fields = dict(getattr(namespace, self.dest) or {})  # none with a recipe that there is not
         for text in values:
             name, _, value = text.partition("=")
             try:
@@ -214,8 +214,12 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise ValueError("model-args num_classes: is the dataset's number of classes")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("resume=auto: expected --output-dir, the run to go on with")
-    if args.resume not in (None, "auto") and not Path(args.resume).exists():  # before its folder is made
-        raise FileNotFoundError(f"{args.resume}: no such checkpoint")
+    if args.resume not in (None, "auto"):  # before its folder is made
+        if not Path(args.resume).exists():
+            raise FileNotFoundError(f"{args.resume}: no such checkpoint")
+        if Path(args.resume).is_dir():
+            way = f"--output-dir {shlex.quote(args.resume)} --resume auto"
+            raise ValueError(f"resume={args.resume}: a folder; to go on with its run: {way}")
 
 
 # ------------------------------------------------------------------------------------------------- state of a run
@@ -365,8 +369,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except ValueError as error:
             path.replace(path.with_name(path.name + ".damaged"))
             print(f"left aside as {path.name}.damaged: {error}", flush=True)
-    if any(folder.glob("*.pt.damaged")):  # now, or when it was started before
-        raise ValueError(f"resume=auto: no whole checkpoint is left in {folder}; take another folder to start anew")
+    best = folder / "best.pt"
+    if best.exists() or any(folder.glob("*.pt.damaged")):  # now, or when it was started before
+        way = f" or to go on from {best}" if best.exists() else ""
+        raise ValueError(f"resume=auto: no whole last.pt is left in {folder}; take another folder to start anew{way}")
     return None
 
 
@@ -654,8 +660,10 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         name = str(Path(args.resume).parent)
     folder = Path(broadcast_object_list([name])[0])
     folder.mkdir(parents=True, exist_ok=True)
-    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
-    if not goes_on and any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+    goes_on = args.resume == "auto"
+    if args.resume and Path(args.resume).resolve().parent == folder.resolve():
+        goes_on |= Path(args.resume).name != "best.pt"  # from which on epochs may have been saved
+    if not goes_on and any((folder / name).exists() for name in ("last.pt", "previous.pt", "best.pt")):
         raise ValueError(f"output-dir={folder}: holds a run; go on with --resume auto, or take another folder")
     return folder
 
@@ -682,12 +690,18 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     tall = [x.shape[0] > x.shape[1] for x in matrices]
     gram = torch.stack([x.mT @ x if t else x @ x.mT for x, t in zip(matrices, tall)])  # (L, m, m), m = min(M, N)
     square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-24)[:, None, None]  # |x|^2, (L, 1, 1)
-    gram, product = gram / square, None
-    for _ in range(3):
+
+    def factor_of(gram: Tensor) -> Tensor:
         factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-        product = factor if product is None else factor @ product
+        return factor
+
+    gram = gram / square
+    product = factor = factor_of(gram)
+    for _ in range(2):
         gram = factor @ gram @ factor
+        factor = factor_of(gram)
+        product = factor @ product
     return [x @ p if t else p @ x for x, p, t in zip(matrices, product / square.sqrt(), tall)]
 
 
@@ -827,7 +841,7 @@ def run_epochs(run: Run) -> None:
         first = state.step
         row = train_epoch(run)
         whole = state.step == (state.epoch + 1) * run.steps_per_epoch  # not where --max-steps ends inside an epoch
-        again = state.step == first  # the run was killed in the evaluation
+        again = state.step == first  # the run was stopped between the epoch's last step and the end of its evaluation
         if not again:
             save(run, "last.pt")  # whatever becomes of the evaluation; and from inside an epoch a longer run goes on
         state.epoch += 1
@@ -841,7 +855,7 @@ def run_epochs(run: Run) -> None:
             )
             if not math.isfinite(val.loss):
                 before = run.output_dir / "previous.pt"
-                way = f"; go on with --resume {before} --override" if before.exists() else ""
+                way = f"; go on with --resume {shlex.quote(str(before))} --override" if before.exists() else ""
                 raise FloatingPointError(f"the validation loss of last.pt, step {state.step}, is not finite{way}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
         log_epoch(run, row, again)
@@ -889,11 +903,15 @@ def main() -> None:
             run.lock.close()
     if run.writer:
         run.writer.close()
-    best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
-    accelerator.print(f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time")
-    if (len(data.test) or len(data.val)) and (run.output_dir / "best.pt").exists():
-        split = "" if len(data.test) else " --split val"
-        accelerator.print(f"python evaluate.py {run.output_dir}/best.pt{split}")
+    best_file = run.output_dir / "best.pt"
+    if best_file.exists():
+        best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
+        accelerator.print(f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time")
+        if len(data.test) or len(data.val):
+            split = "" if len(data.test) else " --split val"
+            accelerator.print(f"python evaluate.py {shlex.quote(str(best_file))}{split}")
+    else:  # whose best epoch is another folder's
+        accelerator.print("the run was at its end: nothing was left to do")
     leave(accelerator)
 
 
@@ -910,7 +928,9 @@ def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
 
 
 def go_on(args: argparse.Namespace) -> str:
-    return f"go on with --output-dir {shlex.quote(args.output_dir)} --resume auto" if args.output_dir else "start again"
+    if args.output_dir and any((Path(args.output_dir) / name).exists() for name in ("last.pt", "previous.pt")):
+        return f"go on with --output-dir {shlex.quote(args.output_dir)} --resume auto"
+    return "start again"
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def table(rows: list[Row]) -> Iterable[str]:
         spread, difference = f"{stdev(values):.2f}" if len(values) > 1 else "", ""
         paired = [errors[variant, row["seed"]] - errors["slides", row["seed"]]
                   for row in mine if ("slides", row["seed"]) in errors]  # fmt: skip
-        if variant != "slides" and 1 < len(paired) <= 10:
-            interval = T_975[len(paired) - 1] * stdev(paired) / math.sqrt(len(paired))
+        if variant != "slides" and len(paired) > 1:
+            interval = T_975[min(len(paired) - 1, max(T_975))] * stdev(paired) / math.sqrt(len(paired))
             difference = f"{mean(paired):+.2f} ± {interval:.2f}"
         gradients = [
             " to ".join(f"{mean(row[f'{part}_{half}_half'] for row in mine):.2f}" for half in ("first", "second"))

@@ -1,6 +1,5 @@
 """evaluate.py: every image counted once, against numpy; checkpoints that are not ones; the command."""
 
-import errno
 import json
 import math
 import re
@@ -20,6 +19,7 @@ import evaluate as evaluation
 from data import BatchTransform, ImageSet, load_data
 from evaluate import evaluate, load_checkpoint, load_model, predict
 from fishnet import create_model, load_pretrained
+from train import newest_checkpoint
 
 SIZES, BATCHES = (1, 2, 7, 9, 999), (1, 3, 64)
 
@@ -134,6 +134,12 @@ def test_command(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
     checkpoint = checkpoint | {"classes": ["cat"] * 10}
     torch.save(checkpoint, tmp_path / "a.pt")
     with pytest.raises(SystemExit, match="its classes are not those of"):
+        evaluation.main()
+
+    wide = checkpoint | {"args": checkpoint["args"] | {"dataset": "folder", "image_size": 64}}
+    torch.save(wide, tmp_path / "a.pt")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dataset", "cifar10"])
+    with pytest.raises(SystemExit, match=r"dataset=cifar10: 32 x 32 pixels; \S*a\.pt takes 64 x 64$"):
         evaluation.main()
 
 
@@ -317,9 +323,13 @@ def test_a_config_that_is_no_network_is_refused(checkpoint, change):
 
 
 def test_a_disk_that_fails_is_no_damaged_checkpoint(checkpoint, tmp_path, monkeypatch):
+    if Path("/proc/self/mem").exists():
+        (tmp_path / "last.pt").symlink_to("/proc/self/mem")  # whose first bytes are an I/O error
+        with pytest.raises(OSError, match=r"Input/output error: '\S*last\.pt'"):
+            newest_checkpoint(tmp_path)
+        assert (tmp_path / "last.pt").is_symlink()  # not left aside as damaged
     torch.save(checkpoint, tmp_path / "a.pt")
-    memory = RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    for error in (OSError(errno.EIO, "Input/output error"), MemoryError(), memory):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setattr(evaluation, "read_archive", lambda path, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             load_checkpoint(tmp_path / "a.pt")

@@ -606,6 +606,11 @@ def twins(name, **overrides):
     return model, twin
 
 
+def test_checkpointing_of_another_network_is_refused():
+    with pytest.raises(ValueError, match="this model contains none"):
+        checkpoint_activations(torch.nn.Linear(3, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [("fishnet_tiny", {}), ("fishnet_tiny", {"preact": False}), ("fishnet99_imagenet", {}), ("resnet50", {})],

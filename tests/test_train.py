@@ -89,6 +89,8 @@ def test_baseline_is_the_slides_experiment():
     assert (args.opt, args.lr, args.weight_decay) == ("adam", 1e-2, 1e-4)
     assert (args.val_fraction, args.augment) == (0.2, "slides")
     assert train.parse_args(["--recipe", "demo", "--lr", "3"]).lr == 3
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model-args", "k=4", "--recipe", "no such recipe"])
     strong = train.parse_args(["--recipe", "strong"])
     assert (strong.opt, strong.lr, strong.weight_decay) == ("muon", 0.05, 0.01)
     # a tenth every 30 epochs
@@ -208,27 +210,28 @@ def test_cutmix_trains_on_mixed_images_and_labels(run_train, tmp_path, monkeypat
 
 
 def test_a_run_and_its_files(run_train, tmp_path):
-    out = run_train(tmp_path / "run", "--epochs", "2")
+    folder = tmp_path / "a run"
+    out = run_train(folder, "--epochs", "2")
     numbers = r"\d+\.\d{3} +\d+\.\d\d%"
     assert re.search(rf"^epoch   1/2  train {numbers}  val {numbers} \(\d+\.\d\d%\)", out, re.M)
-    assert f"python evaluate.py {tmp_path}/run/best.pt" in out
+    assert f"python evaluate.py '{folder}/best.pt'" in out
     assert max(map(len, re.findall("^epoch.*", out, re.M))) < 80
 
-    last = load(tmp_path / "run" / "last.pt")
+    last = load(folder / "last.pt")
     assert last["name"] == "fishnet_tiny" and last["classes"][3] == "class 3" and last["mean"][0] == 0.4914
     assert last["state"]["step"] == 2 * 6 and last["state"]["epoch"] == 2  # 192 images: 6 batches of 32
-    best = load(tmp_path / "run" / "best.pt")
+    best = load(folder / "best.pt")
     assert best["state"]["epoch"] == best["state"]["best_epoch"]
 
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert last["state"]["best_loss"] == min(float(row["val_loss"]) for row in rows)
     assert all(0 < float(row["data_wait"]) < 1 for row in rows)
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["batch_size"] == 32
+    assert json.loads((folder / "args.json").read_text())["batch_size"] == 32
     assert_same(safetensors.torch.load(safetensors.torch.save(last["model"])), last["model"])
 
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    events = EventAccumulator(str(folder)).Reload()
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/top1_error", "lr", "images_per_second", "gradient_norm/tail", "gradient_norm/body",
         "gradient_norm/head", "val/loss", "val/top1_error", "val/top5_error", "data_wait",
@@ -413,7 +416,21 @@ def test_a_run_from_another_folder_has_a_best_of_its_own(run_train, tmp_path, mo
     validation_losses(monkeypatch, 2.0, 3.0)
     run_train(tmp_path / "a", "--epochs", "2", "--max-steps", "6")
     run_train(tmp_path / "b", "--epochs", "2", "--resume", str(tmp_path / "a" / "last.pt"))
-    assert load(tmp_path / "b" / "best.pt")["state"]["epoch"] == 2
+    best = tmp_path / "b" / "best.pt"
+    assert load(best)["state"]["epoch"] == 2
+    out = run_train(tmp_path / "c", "--epochs", "2", "--resume", str(tmp_path / "b" / "last.pt"))
+    assert "best epoch" not in out and "nothing was left to do" in out
+
+    before = best.read_bytes()
+    with pytest.raises(SystemExit, match="holds a run"):  # whose later epochs it would take the place of
+        run_train(tmp_path / "b", "--epochs", "3", "--resume", str(best))
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "b" / name).unlink()
+    alone = r"no whole last\.pt is left .* or to go on from \S*best\.pt$"
+    for flags, line in (((), "holds a run"), (("--resume", "auto"), alone)):
+        with pytest.raises(SystemExit, match=line):
+            run_train(tmp_path / "b", "--epochs", "3", *flags)
+    assert best.read_bytes() == before
 
 
 def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, tmp_path, monkeypatch):
@@ -502,6 +519,7 @@ def test_a_validation_loss_that_is_not_finite_names_a_checkpoint_that_is_there(r
         (["--mixed-precision", "fp16"], "mixed-precision=fp16: a CPU has none"),
         (["--mixed-precision", "tf32"], "mixed-precision=tf32: a CPU has none"),
         (["--resume", "nothing.pt"], "nothing.pt: no such checkpoint"),
+        (["--resume", "/dev"], "resume=/dev: a folder; to go on with its run: --output-dir /dev --resume auto"),
         (["--pretrained", "nothing.pt"], "nothing.pt: no such file of weights"),
         (["--model-args", "in_channels=1"], "in_channels=1: expected 3"),
         (["--model-args", "k=5"], "k=5: expected a divisor"),
