@@ -442,14 +442,15 @@ class ImageFileError(ValueError):
 def read_image(path: str | Path) -> Tensor:
     """An image file as its viewer shows it: uint8 RGB (3, H, W). ImageFileError, naming the file: it cannot.
 
-    The first frame of an animation, turned as EXIF says; 16-bit grey is scaled to 8 bits; transparent pixels lie on
-    white; CMYK, palettes and other colours become RGB by Pillow's formulas, without colour profiles. Refused: formats
-    other than IMAGE_FORMATS, more than MAX_PIXELS, floating point and 32-bit values, which have no agreed white.
+    The first frame of an animation, turned as EXIF says; 12- and 16-bit grey is scaled to 8 bits; transparent
+    pixels lie on white; CMYK, palettes and other colours become RGB by Pillow's formulas, without colour profiles.
+    Refused: formats other than IMAGE_FORMATS, more than MAX_PIXELS, floating point and 32-bit values, which have no
+    agreed white.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("not a file")  # a pipe would be waited for
-        # Broken metadata neither warns nor refuses: what matters is whether the pixels can be read.
+        # Broken metadata does not warn, nor does it refuse what can be decoded in spite of it.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # before the decoder asks for the memory
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
@@ -457,11 +458,15 @@ def read_image(path: str | Path) -> Tensor:
             key = image.info.get("transparency")  # of a grey PNG: the value that is transparent, as in the file
             if isinstance(key, int) and image.mode == "L":
                 image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
+            tags = getattr(image, "tag_v2", {})  # a TIFF's: 258 is the number of bits, and where 262 is 0, so is white
+            top, negative = 4095 if tags.get(258) == (12,) else 65535, tags.get(262) == 0
+            image.load()  # a decoder's error is raised once: whoever calls it again gets the rows before the damage
             with contextlib.suppress(Exception):
                 image = ImageOps.exif_transpose(image)
             if deep:
                 values = np.asarray(image).astype(np.uint16)
-                image = Image.fromarray((values / 257).round().astype(np.uint8))
+                grey = (values * (255 / top)).round().astype(np.uint8)
+                image = Image.fromarray(255 - grey if negative else grey)
                 if isinstance(key, int):
                     image.putalpha(Image.fromarray(values != key))
             if image.mode in ("I", "F"):

@@ -849,16 +849,21 @@ def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, st
         raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {shown}")
 
 
+def is_archive(path: Path) -> bool:
+    """Whether it begins as torch.save writes it since PyTorch 1.6. OSError: it cannot be read."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
 def checked_copy(path: Path) -> io.BytesIO:
     """An archive of torch.save made anew, of what zipfile finds in it: torch.load may find something else in the file.
 
     Its checksums are verified. OSError: it cannot be read. ValueError, or what zipfile raises: it is damaged, or not as
     torch.save writes it.
     """
-    with path.open("rb") as file:  # whole: zipfile would say of a disk that fails that the file is damaged
-        content = file.read(2)
-        content += file.read() if content == b"PK" else b""
-    copy = io.BytesIO()
+    if not is_archive(path):
+        raise ValueError("no archive of torch.save")
+    content, copy = path.read_bytes(), io.BytesIO()  # zipfile would say of a disk that fails that the file is damaged
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(copy, "w") as made:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -887,9 +892,11 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:  # files from before PyTorch 1.6 are no archives, and have no checksums
-        file = checked_copy(path) if zipfile.is_zipfile(path) else path
+        file = checked_copy(path) if is_archive(path) else path
     except MemoryError:
         raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except Exception as error:  # zipfile raises many kinds for a damaged file
         raise ValueError(f"{path}: damaged ({error})") from None
     try:

@@ -172,8 +172,13 @@ def make_model(name: str) -> nn.Module:
     if not colon:
         return create_model(name)
     try:
-        model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        make = getattr(importlib.import_module(module), function)
+        try:
+            model = make()
+        except NotImplementedError:  # on meta: it computes while it is made
+            with torch.device("cpu"):
+                model = make()
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{name}: expected MODULE:FUNCTION that makes a network ({one_line(error)})") from None
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name}: expected MODULE:FUNCTION that makes a network, not a {type(model).__name__}")

@@ -33,6 +33,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,6 +63,7 @@ from evaluate import (
     hide_unused_gpus,
     leave,
     load_checkpoint,
+    out_of_memory,
     prepare_cpu,
     signals_held,
     workers_released,
@@ -403,6 +405,8 @@ def resume(run: Run, path: Path) -> None:
     try:
         sums = load_state(run, checkpoint)
     except Exception as error:  # what a changed file holds can be anything
+        if out_of_memory(error):
+            raise
         raise ValueError(f"{path}: its state does not fit ({one_line(error)})") from None
     if path.resolve().parent != run.output_dir.resolve():  # its best.pt stays there
         run.state.best_loss, run.state.best_epoch = math.inf, run.state.epoch
@@ -522,7 +526,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         stopped = run.stop.agreed(accelerator, shown)
         due = args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end
         if shown or stopped or due:  # seldom, since it waits for the device; and before anything is saved
-            require_finite(unchecked)
+            require_finite(accelerator, unchecked)
             unchecked.clear()
         if shown:
             seconds = time.perf_counter() - started
@@ -544,8 +548,10 @@ def train_epoch(run: Run) -> dict[str, float]:
     }  # fmt: skip
 
 
-def require_finite(steps: list[tuple[Tensor, int, float]]) -> None:
-    for finite, (_, step, lr) in zip(torch.stack([value for value, *_ in steps]).isfinite().tolist(), steps):
+def require_finite(accelerator: Accelerator, steps: list[tuple[Tensor, int, float]]) -> None:
+    """FloatingPointError, on all processes at once: on one of them a step's value is not."""
+    values = accelerator.reduce(torch.stack([value for value, *_ in steps]), "sum")
+    for finite, (_, step, lr) in zip(values.isfinite().tolist(), steps):
         if not finite:
             raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1}, learning rate {lr:g}")
 
@@ -663,8 +669,10 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     goes_on = args.resume == "auto"
     if args.resume and Path(args.resume).resolve().parent == folder.resolve():
         goes_on |= Path(args.resume).name != "best.pt"  # from which on epochs may have been saved
-    if not goes_on and any((folder / name).exists() for name in ("last.pt", "previous.pt", "best.pt")):
-        raise ValueError(f"output-dir={folder}: holds a run; go on with --resume auto, or take another folder")
+    there = [name for name in ("last.pt", "previous.pt", "best.pt") if (folder / name).exists()]
+    if there and not goes_on:
+        way = "go on with --resume auto, or " if there != ["best.pt"] else ""
+        raise ValueError(f"output-dir={folder}: holds a run; {way}take another folder")
     return folder
 
 
@@ -819,6 +827,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     )  # fmt: skip
     if path:
         resume(run, Path(path))
+        accelerator.wait_for_everyone()  # before its file may be renamed
     if accelerator.is_main_process:
         run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
         if run.state.step == 0:
@@ -829,6 +838,13 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
         text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
         write_atomic(output_dir / "args.json", text.encode())
+    if path and Path(path).resolve().parent != output_dir.resolve():
+        save(run, "last.pt")  # now the folder holds the run, whatever happens next
+    elif path and Path(path).name == "previous.pt" and accelerator.is_main_process:
+        last = output_dir / "last.pt"
+        if last.exists():
+            last.replace(output_dir / "last.pt.left")
+        Path(path).replace(last)  # so that the next save does not put what was left in the place of it
     return run
 
 
@@ -867,6 +883,12 @@ def run_epochs(run: Run) -> None:
         run.accelerator.print(epoch_line(row, run.args.epochs), flush=True)  # all is saved if its reader has left
         if number := run.stop.agreed(run.accelerator):
             leave_on_signal(run, number)  # all is saved
+
+
+def raised_in_thread(hook: threading.ExceptHookArgs) -> None:
+    """Of a disk that TensorBoard's thread cannot write to we hear at the next point, and print one line."""
+    if not issubclass(hook.exc_type, OSError):
+        threading.__excepthook__(hook)
 
 
 def main() -> None:
@@ -934,5 +956,6 @@ def go_on(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    threading.excepthook = raised_in_thread
     with reader_may_leave():
         main()

@@ -120,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(available_cores())
     peak, bandwidth = measure_roofs()
     with torch.device("meta"):
-        side = make_image(create_model(args.name)).shape[-1]
+        side = make_image(create_model(args.name), None).shape[-1]
     step = make_step(setting(args.name, args.batch_size, side), device)
     step()
     moments = []

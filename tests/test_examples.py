@@ -157,6 +157,15 @@ def test_the_roofline_counts_a_steps_arithmetic_and_bytes():
     }  # fmt: skip
 
 
+def test_the_roofline_as_a_program(monkeypatch, capsys, one_thread):
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "fishnet_tiny", "--batch-size", "2", "--steps", "1"])
+    monkeypatch.setattr(roofline, "measure_roofs", lambda: (100e9, 10e9))
+    roofline.main()
+    head, _, columns, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("fishnet_tiny, batch 2, float32") and columns.startswith("| operator | calls |")
+    assert len(rows) == roofline.SHOWN + 1 and any(row.startswith("| `convolution 3 x 3` | ") for row in rows)
+
+
 def test_the_table_of_the_roofline():
     costs = {"conv": [4, 2.0, 100e9, 1e9], "add": [6, 1.0, 0, 5e9]}
     _, _, conv, add = roofline.table(costs, 2, peak=100e9, bandwidth=10e9)

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from conftest import ROOT, SMALL, TINY, start_python, start_train
-from test_train import assert_same, load
+from conftest import ROOT, SMALL, start_python, start_train
+from test_train import assert_same, load, outcome
 
 import train
 
@@ -53,32 +53,43 @@ def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
     assert [sums[2] for sums in state["sums"]] == [16 * done, 16 * done]  # images that each process has seen
 
 
-def test_a_run_killed_five_times_ends_as_one_that_was_not(cifar_dir, tmp_path, run_train, monkeypatch):
+def test_a_run_killed_five_times_ends_as_one_that_was_not(cifar_dir, tmp_path, run_train):
     """Each time inside a save: at a write, at a sync, between two renames. The process is gone there and then."""
     flags = ["--epochs", "2", "--checkpoint-every", "1"]
     run_train(tmp_path / "whole", *flags)
     (tmp_path / "killed.py").write_text("""
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import train
-call, count = sys.argv.pop(1), int(sys.argv.pop(1))
-original = getattr(os, call)
-def dying(*args):
-    global count
-    count -= 1
-    if count == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args)
-setattr(os, call, dying)
+
+def run_until(call, count):
+    original = getattr(os, call)
+    def dying(*args):
+        nonlocal count
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+    setattr(os, call, dying)
+    train.main()
+
+for kill in (("replace", 4), ("fsync", 7), ("replace", 5), ("fsync", 6), ("replace", 6)):
+    time.sleep(1 - time.time() % 1)  # TensorBoard reads files in the order of the seconds in which they begin
+    child = os.fork()
+    if child == 0:
+        try:
+            run_until(*kill)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, kill
+time.sleep(1 - time.time() % 1)
 train.main()
 """)
     arguments = [*SMALL, "--data-dir", cifar_dir, "--output-dir", tmp_path / "parts", *flags, "--resume", "auto"]
-    for call, count in (("replace", 4), ("fsync", 7), ("replace", 5), ("fsync", 6), ("replace", 6)):
-        command = [sys.executable, "killed.py", ROOT, call, count, *arguments]
-        process = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr
-    run_train(tmp_path / "parts", *flags, "--resume", "auto")
-    assert_same(load(tmp_path / "whole" / "last.pt"), load(tmp_path / "parts" / "last.pt"))
+    process = start_python(1, "killed.py", ROOT, *arguments, cwd=tmp_path)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and out.count("resumed") == 5, out
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
 
 
 def test_resume_auto_passes_over_a_damaged_checkpoint(run_train, tmp_path):
@@ -97,9 +108,12 @@ def test_resume_auto_passes_over_a_damaged_checkpoint(run_train, tmp_path):
             run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_a_changed_checkpoint_is_refused(run_train, tmp_path, monkeypatch):
+    flags = ("--epochs", "2", "--max-steps", "3")
+    run_train(tmp_path / "run", *flags)
+    trained, changed = tmp_path / "run" / "last.pt", tmp_path / "changed.pt"
+    assert "at step 3" in run_train(tmp_path / "whole", *flags, "--resume", str(trained))
+    for change in (
         lambda c: c["model"].update({"fc.weight": c["model"]["fc.weight"] * torch.nan}),
         lambda c: c["model"].pop("fc.weight"),
         lambda c: c["state"].update(step=-1),
@@ -109,23 +123,15 @@ def test_resume_auto_passes_over_a_damaged_checkpoint(run_train, tmp_path):
         lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)),
         lambda c: c["optimizer"].update(param_groups=[]),
         lambda c: c.update(optimizer=None),
-    ],
-)
-def test_a_changed_checkpoint_is_refused(run_train, tmp_path, change, trained):
-    checkpoint = load(trained)
-    change(checkpoint)
-    torch.save(checkpoint, tmp_path / "changed.pt")
-    with pytest.raises(SystemExit, match=r"train.py: \S*changed.pt: [^\n]*$"):
-        run_train(tmp_path / "run", "--epochs", "2", "--resume", str(tmp_path / "changed.pt"))
-
-
-@pytest.fixture(scope="module")
-def trained(cifar_dir, tmp_path_factory) -> Path:
-    """The last.pt of a run of three steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    process = start_train(cifar_dir, folder, "--epochs", "2", "--max-steps", "3")
-    assert process.wait() == 0, process.stdout.read()
-    return folder / "last.pt"
+    ):
+        checkpoint = load(trained)
+        change(checkpoint)
+        torch.save(checkpoint, changed)
+        with pytest.raises(SystemExit, match=r"train.py: \S*changed.pt: [^\n]*$"):
+            run_train(tmp_path / "refused", *flags, "--resume", str(changed))
+    monkeypatch.setattr(train, "load_state", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(SystemExit, match=r"^train\.py: out of memory: try "):  # whose fault is not the checkpoint's
+        run_train(tmp_path / "refused", *flags, "--resume", str(trained))
 
 
 def test_a_second_signal_while_the_program_ends_is_no_traceback():
@@ -150,7 +156,7 @@ def test_a_directory_in_use_is_refused(run_train, tmp_path):
 
 def test_a_write_that_the_kernel_refuses_is_one_line_and_leaves_the_checkpoint(run_train, tiny_dir, tmp_path):
     """A file may not grow beyond half a checkpoint."""
-    flags = (*TINY, "--data-dir", str(tiny_dir), "--epochs", "2")
+    flags = ("-b", "16", "--data-dir", str(tiny_dir), "--epochs", "2")
     run_train(tmp_path / "run", *flags, "--max-steps", "2")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -162,6 +168,19 @@ def test_a_write_that_the_kernel_refuses_is_one_line_and_leaves_the_checkpoint(r
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_curves_that_cannot_be_written_end_a_run_with_one_line(run_train, tiny_dir, tmp_path):
+    """TensorBoard's thread finds it out. No file may grow beyond what a fresh event file has after some points."""
+    flags = "-b", "16", "--data-dir", str(tiny_dir), "--epochs", "99", "--log-every", "1"
+    run_train(tmp_path / "run", *flags, "--max-steps", "1")
+    command = [sys.executable, "train.py", *SMALL, *flags, "--output-dir", str(tmp_path / "run"), "--resume", "auto"]
+    limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+    limited += "os.execv(sys.argv[1], sys.argv[1:])"
+    process = start_python(1, "-c", limited, *command)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 1 and "Traceback" not in out
+    assert re.search(r"^train\.py: .*File too large.*--resume auto\.$", out, re.M), out
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_training(run_train, tmp_path):
@@ -201,7 +220,7 @@ def test_workers_never_get_a_signal_to_the_group(run_train, tiny_dir, tmp_path, 
         return read(self, indices)
 
     monkeypatch.setattr(train.datasets.ImageSet, "__getitems__", signalled)
-    run_train(tmp_path / "run", *TINY, "--data-dir", str(tiny_dir), "--epochs", "1", "--workers", "2")
+    run_train(tmp_path / "run", "-b", "16", "--data-dir", str(tiny_dir), "--epochs", "1", "--workers", "2")
     assert len(list(tmp_path.glob("a worker of * images"))) == 2  # of the training set and of the validation set
 
 
@@ -271,10 +290,9 @@ def broken_pipe():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full disk")
-@pytest.mark.parametrize("command", ("data.py --dataset shapes --stats", "flops.py fishnet_tiny"))
-def test_output_that_cannot_be_written_ends_a_program_without_a_traceback(command, broken_pipe):
+def test_output_that_cannot_be_written_ends_a_program_without_a_traceback(broken_pipe):
     """A reader that has left; a full disk; no output at all."""
-    full = f"{command.split()[0]}: standard output: No space left on device\n"
+    command, full = "flops.py fishnet_tiny", "flops.py: standard output: No space left on device\n"
     with open("/dev/full", "w") as full_disk:
         for output, code, line in ((broken_pipe, 128 + signal.SIGPIPE, ""), (full_disk, 1, full)):
             ended = subprocess.run(
@@ -287,7 +305,7 @@ def test_output_that_cannot_be_written_ends_a_program_without_a_traceback(comman
 
 def test_an_epoch_is_saved_before_it_is_printed(cifar_dir, tmp_path, broken_pipe):
     """Its line is the first that leaves the buffer; nobody reads it, and the run ends."""
-    flags = ["--data-dir", cifar_dir, "--output-dir", tmp_path / "run", "--epochs", "3", *TINY]
+    flags = ["--data-dir", cifar_dir, "--output-dir", tmp_path / "run", "--epochs", "3", "-b", "16"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     ended = subprocess.run(
         [sys.executable, "train.py", *SMALL, *flags], cwd=ROOT, env=environment | {"ACCELERATE_USE_CPU": "true"},

@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fishnet import (
     FishNetConfig,
+    Refine,
+    ResidualUnit,
+    SEResidualUnit,
     Stage,
     StatisticsHeld,
     channel_plan,
@@ -25,6 +28,7 @@ from fishnet import (
     checkpoint_activations,
     create_model,
     model_names,
+    zero_init_last,
 )
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -557,10 +561,13 @@ def test_features_are_the_maps_of_the_stages(name):
             assert list(model.forward_features(images)) == ["H1", "H2", "H3", "H4"]
 
 
-@pytest.mark.parametrize("name", ["fishnet_tiny", "resnet50", "fishnet99_direct", "fishnet99_imagenet"])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("fishnet_tiny", {"tail_shortcut": "repeat"}), ("resnet50", {}), ("fishnet99_imagenet", {})],
+)
 @pytest.mark.parametrize("way", ["fx", "export", "compile"])
-def test_can_be_traced(name, way):
-    model = create_model(name, **narrow(name)).eval()
+def test_can_be_traced(name, overrides, way):
+    model = create_model(name, **narrow(name), **overrides).eval()
     images = torch.randn(2, 3, 32, 32)
     if way == "fx":
         traced = torch.fx.symbolic_trace(model)
@@ -604,6 +611,22 @@ def twins(name, **overrides):
     twin = copy.deepcopy(model)
     checkpoint_activations(twin)
     return model, twin
+
+
+@pytest.mark.parametrize("preact", [True, False])
+def test_units_start_as_their_shortcuts(preact):
+    model = create_model("fishnet99", **NARROW, preact=preact)
+    zero_init_last(model)
+    kinds = set()
+    for unit in model.modules():
+        if not isinstance(unit, (ResidualUnit, SEResidualUnit, Refine)):
+            continue
+        kinds.add(type(unit))
+        x = torch.randn(2, unit.branch.conv1.in_channels, 4, 4)
+        shortcut = channel_sum(x, unit.k) if isinstance(unit, Refine) else getattr(unit, "shortcut", nn.Identity())(x)
+        expected = shortcut if preact or isinstance(unit, Refine) else shortcut.relu()
+        torch.testing.assert_close(unit(x), expected)
+    assert len(kinds) == 3
 
 
 def test_checkpointing_of_another_network_is_refused():

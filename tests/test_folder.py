@@ -327,7 +327,7 @@ def test_a_run_is_bound_to_its_classes(run_folder, copy):
     for part in ("train", "val"):
         (copy / part / "banana").rename(copy / part / "zebra")
     with pytest.raises(SystemExit, match="its classes are not those of folder in"):
-        run_folder(copy, "run", "--epochs", "2", "--resume", "auto")
+        run_folder(copy, "run", "--epochs", "2", "--resume", "auto", "--override")
 
 
 def test_a_split_that_is_no_longer_the_runs_is_refused(run_folder, run_evaluate, copy, tmp_path):

@@ -102,10 +102,37 @@ def test_16_bit_pgm(tmp_path):
     assert read_image(tmp_path / "grey.pgm").tolist() == [[[128, 255]]] * 3
 
 
+@pytest.mark.parametrize(
+    "bits, black, content, expected",
+    [
+        (12, 1, "000801 fff00f", [0, 128, 255, 1]),  # two values in three bytes
+        (16, 1, "0000 8080 ffff 0101", [0, 128, 255, 1]),
+        (16, 0, "0000 8080 ffff 0101", [255, 127, 0, 254]),
+    ],
+)
+def test_deep_grey_tiff(tmp_path, bits, black, content, expected):
+    """black: the tag by which 0 is black, or white."""
+    content = bytes.fromhex(content)
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: black, 273: 8, 277: 1, 278: 1, 279: len(content)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(content)) + content
+    (tmp_path / "grey.tif").write_bytes(head + struct.pack("<H", len(tags)) + directory + bytes(4))
+    assert read_image(tmp_path / "grey.tif").tolist() == [[expected]] * 3
+
+
 def png() -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels(40, 40, 3).astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
+
+
+def broken_lines(form: str, **options: object) -> bytes:
+    """An image whose compressed lines are overwritten from the middle on, while the file has its length."""
+    file = io.BytesIO()
+    Image.fromarray(pixels(40, 40, 3).astype(np.uint8)).save(file, form, **options)
+    content = bytearray(file.getvalue())
+    content[2000:2400] = b"\xff" * 400
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +141,8 @@ def png() -> bytes:
         (b"", "cannot identify"),
         (b"no image", "cannot identify"),
         (png()[:1000], "truncated"),
+        (broken_lines("PNG"), "data stream"),
+        (broken_lines("TIFF", compression="tiff_lzw"), "decoder error"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),  # Pillow would run Ghostscript
     ],
 )

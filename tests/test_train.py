@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import CORES, ROOT, SMALL, TINY, start_python, start_train
+from conftest import CORES, ROOT, SMALL, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import data
+import evaluate
 import train
 from evaluate import Metrics
 
@@ -75,6 +76,10 @@ def test_flags_are_these():
         "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad", "patience", "seed",
         "mixed_precision", "compile", "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override",
         "log_every",
+    }  # fmt: skip
+    assert flags - set(train.FIXED) == {  # with which a run may go on
+        "recipe", "data_dir", "workers", "model_args", "pretrained", "max_steps", "patience", "compile",
+        "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override", "log_every",
     }  # fmt: skip
     source = (ROOT / "train.py").read_text()
     for flag in flags - {"recipe"}:
@@ -138,9 +143,14 @@ def test_muon_leaves_what_has_no_gradient():
 
 
 def test_the_first_step_that_is_not_finite_is_named():
-    train.require_finite([(torch.tensor(1.0), 2, 0.1)])
+    """On another process, too: all have to stop."""
+    alone, finite = SimpleNamespace(reduce=lambda values, how: values), torch.tensor(1.0)
+    train.require_finite(alone, [(finite, 2, 0.1)])
     with pytest.raises(FloatingPointError, match=r"at step 5, learning rate 0\.2$"):
-        train.require_finite([(torch.tensor(v), s, s / 20) for v, s in ((1.0, 3), (math.nan, 4), (math.inf, 5))])
+        train.require_finite(alone, [(torch.tensor(v), s, s / 20) for v, s in ((1.0, 3), (math.nan, 4), (math.inf, 5))])
+    other = SimpleNamespace(reduce=lambda values, how: values + torch.tensor([0.0, math.nan]))
+    with pytest.raises(FloatingPointError, match=r"at step 8, learning rate 0\.1$"):
+        train.require_finite(other, [(finite, 6, 0.1), (finite, 7, 0.1)])
 
 
 def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
@@ -250,7 +260,7 @@ def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
 
 @pytest.mark.parametrize("opt", ["sgd", "adam", "adamw", "muon", "sgd --mixed-precision bf16"])
 def test_resume_after_max_steps_is_exact(run_train, tmp_path, opt, steps=9):  # in the middle of an epoch
-    flags = *TINY, "-b", "32", "--epochs", "3", "--opt", *opt.split()
+    flags = "-b", "32", "--epochs", "3", "--opt", *opt.split()
     run_train(tmp_path / "whole", *flags)
     run_train(tmp_path / "parts", *flags, "--max-steps", str(steps))
     out = run_train(tmp_path / "parts", *flags, "--resume", "auto")
@@ -262,7 +272,7 @@ def test_resume_after_max_steps_is_exact(run_train, tmp_path, opt, steps=9):  # 
 @pytest.mark.parametrize("workers, steps", [("0", range(1, 10)), ("2", [4])])
 def test_resume_from_every_step_is_exact(run_train, tiny_dir, tmp_path, monkeypatch, workers, steps):
     """Weights, optimizer, metrics.csv and TensorBoard's curves, of three epochs of three steps."""
-    flags = [*TINY, "-b", "20", "--data-dir", str(tiny_dir), "--epochs", "3", "--checkpoint-every", "1"]
+    flags = ["-b", "20", "--data-dir", str(tiny_dir), "--epochs", "3", "--checkpoint-every", "1"]
     monkeypatch.setattr(train, "save", train.save)
     keep_every_step(tmp_path / "run")
     run_train(tmp_path / "run", *flags, "--workers", workers)
@@ -275,9 +285,37 @@ def test_resume_from_every_step_is_exact(run_train, tiny_dir, tmp_path, monkeypa
         assert_same(expected, outcome(tmp_path / f"run-{step}"))
 
 
-def test_resume_of_two_processes_is_exact(tiny_dir, tmp_path):
-    flags = [*SMALL, *TINY, "-b", "20", "--opt", "muon", "--data-dir", tiny_dir, "--epochs", "2"]
-    flags += ["--checkpoint-every", "1"]
+def test_two_processes_train_like_one(cifar_dir, run_train, tmp_path):
+    """Batch norm is taken into account by accumulation: one process that cuts each batch in two parts normalises the
+    same 16 images together as each of two processes does, and sees the same pixels. Running statistics are left out:
+    they are the first process's, while one process updates them twice a step. The steps are small: the last bits in
+    which the sums differ grow tenfold a step at high learning rates, whatever computes them."""
+    flags = ("--epochs", "4", "--max-steps", "20", "--lr", "2e-4", "--clip-grad", "1", "--augment", "slides")
+    flags += ("--model-args", "channels=(64, 128, 256, 256)", "k=8")
+    process = start_train(cifar_dir, tmp_path / "two", *flags, processes=2)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    run_train(tmp_path / "one", *flags, "--grad-accum-steps", "2")
+    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    assert a["state"]["step"] == b["state"]["step"] == 20
+    moved = 0.0
+    torch.manual_seed(0)
+    start = train.create_model("fishnet_tiny")
+    train.zero_init_last(start)
+    start = start.state_dict()
+    for name, value in a["model"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(value, b["model"][name], atol=1e-5, rtol=0, msg=name)
+            moved = max(moved, (value - start[name]).abs().max().item())
+    assert 1e-4 < moved < 0.04  # they trained; by 20 steps of norm 2e-4, which momentum makes tenfold, at most
+    for x, y in zip(a["state"]["history"], b["state"]["history"]):
+        assert x["lr"] == y["lr"]  # a scheduler that each process steps would run twice as fast
+        assert math.isclose(x["train_loss"], y["train_loss"], rel_tol=1e-4)
+
+
+def test_resume_of_two_processes_is_exact(run_train, tiny_dir, tmp_path, monkeypatch, capsys):
+    flags = ["-b", "20", "--opt", "muon", "--data-dir", str(tiny_dir), "--epochs", "2", "--checkpoint-every", "1"]
+    flags += ["--seed", "2"]
     (tmp_path / "script.py").write_text(f"""
 import sys
 from pathlib import Path
@@ -289,20 +327,27 @@ keep_every_step(Path("run"))
 train.main()
 """)
 
-    def run(processes, folder, *more):
-        process = start_python(processes, "script.py", *flags, "--output-dir", folder, *more, cwd=tmp_path)
+    def run(folder, *more):
+        process = start_python(2, "script.py", *SMALL, *flags, "--output-dir", folder, *more, cwd=tmp_path)
         out = process.communicate(timeout=300)[0]
         assert process.returncode == 0, out
         return out
 
-    run(2, "run")
+    run("run")
     shutil.copytree(tmp_path / "run-5", tmp_path / "alone")
-    assert "resumed run-4/last.pt at step 4, epoch 2" in run(2, "run-4", "--resume", "auto")
+    assert "resumed run-4/last.pt at step 4, epoch 2" in run("run-4", "--resume", "auto")
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "run-4"))
 
+    # evaluate.py finds what the run did: on its part of the training images, with the first process's batch norm.
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run" / "last.pt"), "--split", "val", "--json"])
+    evaluate.main()
+    found, row = json.loads(capsys.readouterr().out), load(tmp_path / "run" / "last.pt")["state"]["history"][-1]
+    assert found["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+    assert [found[f"top{k}_error"] for k in (1, 5)] == [row[f"val_top{k}_error"] for k in (1, 5)]
+
     # One process goes on with the sums of both, and does the same step, but for rounding.
-    out = run(1, "alone", "--resume", "auto", "--grad-accum-steps", "2", "--override")
-    assert "resumed alone/last.pt at step 5, epoch 2" in out, out
+    out = run_train(tmp_path / "alone", *flags, "--resume", "auto", "--grad-accum-steps", "2", "--override")
+    assert "alone/last.pt at step 5, epoch 2" in out, out
     two, one = (load(tmp_path / name / "last.pt")["state"]["history"][-1] for name in ("run", "alone"))
     assert one["train_top1_error"] == two["train_top1_error"]
     assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
@@ -332,19 +377,21 @@ def test_resume_of_another_run_is_refused(run_train, tmp_path):
 
 
 def test_model_args_reach_the_network_and_a_run_is_bound_to_them(run_train, tmp_path):
-    flags = ("--epochs", "2", "--model-args", "k=2", "bridge=none", "channels=(32, 32, 64, 64)")
+    flags = ("--epochs", "2", "--model-args", "k=4", "bridge=none", "channels=(32, 32, 64, 64)")
     run_train(tmp_path / "run", *flags, "--max-steps", "1")
     config = load(tmp_path / "run" / "last.pt")["config"]
-    assert (config["k"], config["bridge"], config["channels"]) == (2, "none", (32, 32, 64, 64))
-    with pytest.raises(SystemExit, match=r"another run \(channels \(32, .* -> \(64, .*, k 2 -> 8, bridge none -> se\)"):
+    assert (config["k"], config["bridge"], config["channels"]) == (4, "none", (32, 32, 64, 64))
+    with pytest.raises(SystemExit, match=r"another run \(channels \(32, .* -> \(4, .*, k 4 -> 2, bridge none -> se\)"):
         run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
+    with pytest.raises(SystemExit, match=r"last\.pt: \d+ of its weights do not fit the model: "):
+        run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto", "--override")
     out = run_train(tmp_path / "run", *flags, "--max-steps", "2", "--resume", "auto")
     assert "at step 1" in out
     assert train.parse_args(["--recipe", "strong", "--model-args", "k=1"]).model_args == {"final_norm": True, "k": 1}
 
 
 def test_pretrained_weights_are_where_a_run_starts(run_train, tmp_path):
-    source = train.create_model("fishnet_tiny", num_classes=7)
+    source = train.create_model("fishnet_tiny", num_classes=7, channels=(4, 4, 4, 16), k=2)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     flags = ("--epochs", "2", "--lr", "0", "--pretrained", str(tmp_path / "weights.pt"))
     out = run_train(tmp_path / "run", *flags, "--max-steps", "1")
@@ -420,6 +467,7 @@ def test_a_run_from_another_folder_has_a_best_of_its_own(run_train, tmp_path, mo
     assert load(best)["state"]["epoch"] == 2
     out = run_train(tmp_path / "c", "--epochs", "2", "--resume", str(tmp_path / "b" / "last.pt"))
     assert "best epoch" not in out and "nothing was left to do" in out
+    assert load(tmp_path / "c" / "last.pt")["state"]["step"] == 12  # from its start on c holds the run
 
     before = best.read_bytes()
     with pytest.raises(SystemExit, match="holds a run"):  # whose later epochs it would take the place of
@@ -437,12 +485,17 @@ def test_compile_changes_neither_names_nor_values_and_compiles_once(run_train, t
     tail = "body_depths=()", "head_depths=()", "transfer_depths=()", "k=2", "tail_depths=(1, 1, 1, 0)"
     flags = "--epochs", "2", "--model-args", *tail
     run_train(tmp_path / "eager", *flags)
-    in_place = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda model, mode: in_place(model, backend="eager"))  # minutes less
+    in_place, modes = nn.Module.compile, []
+
+    def compile_eagerly(model, mode):  # minutes less
+        modes.append(mode)
+        in_place(model, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         out = run_train(tmp_path / "compiled", *flags, "--compile")
-    assert len(re.findall(r"^compiled in the first step, \d+ s$", out, re.M)) == 1
+    assert len(re.findall(r"^compiled in the first step, \d+ s$", out, re.M)) == 1 and modes == [None]
     assert_same(outcome(tmp_path / "compiled"), outcome(tmp_path / "eager"))
 
 
@@ -464,7 +517,7 @@ def test_early_stopping_and_best_by_validation_loss(run_train, tmp_path, monkeyp
 
 def test_a_compiler_of_accelerate_launch_leaves_the_names(run_train, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2", *TINY)
+    run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2", "-b", "16")
     assert "fc.weight" in load(tmp_path / "run" / "best.pt")["model"]
 
 
@@ -505,6 +558,14 @@ def test_a_validation_loss_that_is_not_finite_names_a_checkpoint_that_is_there(r
     with pytest.raises(SystemExit, match=r"step 12, .* --resume .*/second/previous\.pt --override"):
         run_train(tmp_path / "second", "--epochs", "2")
     assert load(tmp_path / "second" / "previous.pt")["state"]["step"] == 6
+
+    # From there it goes on, as often as it takes: what it comes from outlives what came to nothing.
+    for step in (12, 12):
+        validation_losses(monkeypatch, math.nan)
+        flags = "--epochs", "2", "--resume", str(tmp_path / "second" / "previous.pt"), "--override", "--lr", "0.01"
+        with pytest.raises(SystemExit, match=rf"step {step}, .* --resume .*/second/previous\.pt --override"):
+            run_train(tmp_path / "second", *flags)
+        assert load(tmp_path / "second" / "previous.pt")["state"]["step"] == 6
 
 
 @pytest.mark.parametrize(
@@ -566,45 +627,28 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
-def test_two_processes_train_like_one(cifar_dir, tmp_path):
-    """Batch norm is taken into account by accumulation: one process that cuts each batch in two parts normalises the
-    same 16 images together as each of two processes does, and sees the same pixels. Running statistics are left out:
-    they are the first process's, while one process updates them twice a step. The steps are small: the last bits in
-    which the sums differ grow tenfold a step at high learning rates, whatever computes them."""
-    flags = ("--epochs", "4", "--max-steps", "20", "--lr", "2e-4", "--clip-grad", "1", "--augment", "slides")
-    for name, processes, more in (("one", 1, ("--grad-accum-steps", "2")), ("two", 2, ())):
-        process = start_train(cifar_dir, tmp_path / name, *flags, *more, processes=processes)
-        out = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, out
-    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    assert a["state"]["step"] == b["state"]["step"] == 20
-    moved = 0.0
-    torch.manual_seed(0)
-    start = train.create_model("fishnet_tiny")
-    train.zero_init_last(start)
-    start = start.state_dict()
-    for name, value in a["model"].items():
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(value, b["model"][name], atol=1e-5, rtol=0, msg=name)
-            moved = max(moved, (value - start[name]).abs().max().item())
-    assert moved > 1e-4  # they trained
-    for x, y in zip(a["state"]["history"], b["state"]["history"]):
-        assert x["lr"] == y["lr"]  # a scheduler that each process steps would run twice as fast
-        assert math.isclose(x["train_loss"], y["train_loss"], rel_tol=1e-4)
-
-
-def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path):
-    run_train(tmp_path / "kept", *TINY, "--epochs", "2", "--max-steps", "3")
-    run_train(tmp_path / "again", *TINY, "--epochs", "2", "--max-steps", "3", "--checkpoint-activations")
+def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path, monkeypatch):
+    calls, checkpoint_activations = [], train.checkpoint_activations
+    monkeypatch.setattr(train, "checkpoint_activations", lambda model: calls.append(checkpoint_activations(model)))
+    run_train(tmp_path / "kept", "-b", "16", "--epochs", "2", "--max-steps", "3")
+    run_train(tmp_path / "again", "-b", "16", "--epochs", "2", "--max-steps", "3", "--checkpoint-activations")
     assert_same(load(tmp_path / "kept" / "last.pt"), load(tmp_path / "again" / "last.pt"))
+    assert len(calls) == 1
     flags = ("--epochs", "2", "--max-steps", "4", "--resume", "auto")  # and it may change in a run
-    assert "resumed" in run_train(tmp_path / "again", *TINY, *flags)
+    assert "resumed" in run_train(tmp_path / "again", "-b", "16", *flags)
 
 
 @pytest.mark.skipif(not CORES, reason="no sched_setaffinity")
-def test_all_cores_work_in_spite_of_omp_num_threads():
+def test_all_cores_work_in_spite_of_omp_num_threads(monkeypatch, one_thread):
     """accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU."""
-    code = f"import os; os.sched_setaffinity(0, {CORES}); import train, torch; " \
-        "train.make_accelerator(train.parse_args([])); print(torch.get_num_threads())"  # fmt: skip
-    out = start_python(1, "-c", code).communicate(timeout=300)[0]
-    assert int(out.split()[-1]) == len(CORES), out
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        train.make_accelerator(train.parse_args([]))
+        assert torch.get_num_threads() == len(CORES)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(CORES)))
+        evaluate.prepare_cpu(torch.device("cpu"))
+        assert torch.get_num_threads() == 1
+    finally:
+        os.sched_setaffinity(0, mine)

@@ -51,7 +51,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import numpy as np
 import PIL
 import torch
-from conftest import ROOT, SMALL, TINY, write_cifar10
+from conftest import ROOT, SMALL, write_cifar10
 from test_evaluate import BATCHES, SIZES, by_numpy, counted
 from test_train import assert_same, keep_every_step, outcome
 from torture_files import (
@@ -195,7 +195,7 @@ class Run:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.processes),
                            "LOCAL_WORLD_SIZE": str(self.processes), "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(port)}  # fmt: skip
-        base = [*SMALL, *TINY, "--epochs", "3", "--checkpoint-every", "1", "--data-dir", str(work("cifar"))]
+        base = [*SMALL, "-b", "16", "--epochs", "3", "--checkpoint-every", "1", "--data-dir", str(work("cifar"))]
         sys.argv = ["train.py", *base, "--output-dir", str(self.folder), *self.flags]
         if self.hook:
             self.hook()
