@@ -373,7 +373,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             print(f"left aside as {path.name}.damaged: {error}", flush=True)
     best = folder / "best.pt"
     if best.exists() or any(folder.glob("*.pt.damaged")):  # now, or when it was started before
-        way = f" or to go on from {best}" if best.exists() else ""
+        way = f", or --resume {shlex.quote(str(best))}" if best.exists() else ""
         raise ValueError(f"resume=auto: no whole last.pt is left in {folder}; take another folder to start anew{way}")
     return None
 
@@ -666,13 +666,11 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         name = str(Path(args.resume).parent)
     folder = Path(broadcast_object_list([name])[0])
     folder.mkdir(parents=True, exist_ok=True)
-    goes_on = args.resume == "auto"
-    if args.resume and Path(args.resume).resolve().parent == folder.resolve():
-        goes_on |= Path(args.resume).name != "best.pt"  # from which on epochs may have been saved
-    there = [name for name in ("last.pt", "previous.pt", "best.pt") if (folder / name).exists()]
+    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
+    there = [folder / name for name in ("last.pt", "previous.pt", "best.pt") if (folder / name).exists()]
     if there and not goes_on:
-        way = "go on with --resume auto, or " if there != ["best.pt"] else ""
-        raise ValueError(f"output-dir={folder}: holds a run; {way}take another folder")
+        path = shlex.quote(str(there[0])) if there[0].name == "best.pt" else "auto"
+        raise ValueError(f"output-dir={folder}: holds a run; go on with --resume {path}, or take another folder")
     return folder
 
 
@@ -827,7 +825,6 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     )  # fmt: skip
     if path:
         resume(run, Path(path))
-        accelerator.wait_for_everyone()  # before its file may be renamed
     if accelerator.is_main_process:
         run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
         if run.state.step == 0:
@@ -838,13 +835,11 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
         text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
         write_atomic(output_dir / "args.json", text.encode())
-    if path and Path(path).resolve().parent != output_dir.resolve():
-        save(run, "last.pt")  # now the folder holds the run, whatever happens next
-    elif path and Path(path).name == "previous.pt" and accelerator.is_main_process:
-        last = output_dir / "last.pt"
-        if last.exists():
+    last = output_dir / "last.pt"
+    if path and Path(path).resolve() != last.resolve():  # what the run goes on from is its last.pt now
+        if last.exists() and accelerator.is_main_process:
             last.replace(output_dir / "last.pt.left")
-        Path(path).replace(last)  # so that the next save does not put what was left in the place of it
+        save(run, "last.pt")
     return run
 
 

@@ -469,14 +469,13 @@ def test_a_run_from_another_folder_has_a_best_of_its_own(run_train, tmp_path, mo
     assert "best epoch" not in out and "nothing was left to do" in out
     assert load(tmp_path / "c" / "last.pt")["state"]["step"] == 12  # from its start on c holds the run
 
-    before = best.read_bytes()
-    with pytest.raises(SystemExit, match="holds a run"):  # whose later epochs it would take the place of
-        run_train(tmp_path / "b", "--epochs", "3", "--resume", str(best))
+    before, last = best.read_bytes(), (tmp_path / "b" / "last.pt").read_bytes()
+    assert f"resumed {best} at step 12" in run_train(tmp_path / "b", "--epochs", "2", "--resume", str(best))
+    assert (tmp_path / "b" / "last.pt.left").read_bytes() == last
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "b" / name).unlink()
-    alone = r"no whole last\.pt is left .* or to go on from \S*best\.pt$"
-    for flags, line in (((), "holds a run"), (("--resume", "auto"), alone)):
-        with pytest.raises(SystemExit, match=line):
+    for flags, line in (((), "holds a run; go on"), (("--resume", "auto"), r"no whole last\.pt is left .*, or")):
+        with pytest.raises(SystemExit, match=rf"{line}.* --resume {best}"):
             run_train(tmp_path / "b", "--epochs", "3", *flags)
     assert best.read_bytes() == before
 
