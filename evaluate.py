@@ -342,7 +342,12 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def hide_unused_gpus() -> None:
-    """Of PyTorch, before it looks for them, if ACCELERATE_USE_CPU says so: else barriers want one for each process."""
+    """Of PyTorch, before it looks for them, if ACCELERATE_USE_CPU says so: else barriers want one for each process.
+
+    Apple's is never used: it has no float64, in which we sum.
+    """
+    if torch.backends.mps.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -500,12 +505,14 @@ def print_metrics(
     if as_json:
         errors = {"top1_error": m.top1_error, "top5_error": m.top5_error, "loss": m.loss}
         result = errors | {"images": m.images, "tta": tta}
-        print(json.dumps(result | {"class_errors": dict(zip(classes, m.class_errors))}))
+        each = {"class_errors": m.class_errors, "class_images": m.class_images}
+        print(json.dumps(result | {name: dict(zip(classes, values)) for name, values in each.items()}))
         return
     print(f"{model}{', flip-averaged,' if tta else ''} on {m.images} {split} images of {dataset}")
     print(f"loss {m.loss:.4f}   top-1 error {m.top1_error:.2%}   top-5 error {m.top5_error:.2%}")
+    width = min(56, max(map(len, classes)))
     for name, error, count in zip(classes, m.class_errors, m.class_images):
-        print(f"  {name:<20.20} {error:7.2%}  of {count}")
+        print(f"  {name:<{width}.{width}} {error:7.2%}  of {count}")
 
 
 def leave(accelerator: Accelerator) -> None:

@@ -881,12 +881,27 @@ def checked_copy(path: Path) -> io.BytesIO:
     return copy
 
 
+def made_otherwise(content: object, model: nn.Module) -> str:
+    """The fields in which a checkpoint's config is not the model's: weights may fit a network that they are not of."""
+    theirs, ours = content.get("config") if isinstance(content, dict) else None, getattr(model, "config", None)
+    if not isinstance(theirs, dict) or not isinstance(ours, FishNetConfig):
+        return ""
+    faults = []
+    for field in fields(ours):
+        value = theirs.get(field.name, getattr(ours, field.name))
+        plain = isinstance(value, (int, str)) or (isinstance(value, tuple) and all(map(_is_int, value)))
+        if field.name != "num_classes" and plain and value != getattr(ours, field.name):
+            faults.append(f"{field.name}={value!r:.60}")
+    return f" (of a network with {', '.join(faults)})" if faults else ""
+
+
 def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     """Weights from a file of [O] (plain or "welltrained"), of pytorchcv, or of this project; returns what matched.
 
-    Takes a state_dict or a dict that holds one as "state_dict" or "model", from any device, with a prefix "module." or
-    without, and runs no code of the file. A classifier for another number of classes stays as it is made, and the line
-    says so. ValueError or OSError, naming the file: anything else that does not fit; the model is then unchanged.
+    Takes a state_dict or a dict that holds one as "state_dict" or "model", from any device, with a prefix "module."
+    or without, and runs no code of the file. A classifier for another number of classes stays as it is made, and
+    the line says so, as it does where a checkpoint is of a network with other fields. ValueError or OSError, naming
+    the file: anything else that does not fit; the model is then unchanged.
     """
     path = Path(path)
     if not path.is_file():
@@ -903,6 +918,7 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many kinds, with advice that would run a file's code
         raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
+    where = f"{path}{made_otherwise(content, model)}"
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -935,8 +951,8 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
             found |= {name: value for name, value in expected.items() if name.startswith("fc.")}
     uncounted = [name for name in expected if name.endswith("num_batches_tracked") and name not in found]
     found |= {name: expected[name] for name in uncounted}  # files from before PyTorch 0.4.1 do not count batches
-    check_weights(model, found, str(path), names)
+    check_weights(model, found, where, names)
     model.load_state_dict(found)
     total = len(expected) - len(uncounted)
     own = sum(name.startswith("fc.") for name in expected) if dropped else 0
-    return f"{path}: {total - own} of {total} tensors from {source} file{dropped}"
+    return f"{where}: {total - own} of {total} tensors from {source} file{dropped}"

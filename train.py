@@ -393,13 +393,13 @@ def resume(run: Run, path: Path) -> None:
     there = count_images(run.data)
     if checkpoint.get("images", there) != there:
         changed.append(f"images {checkpoint['images']} -> {there}")
-    if checkpoint["classes"] != list(run.data.classes):
-        raise ValueError(f"{path}: its classes are not those of {run.args.dataset} in {run.args.data_dir}")
     if checkpoint["args"].get("opt") != run.args.opt:
         way = "give its flags, --override cannot change an optimizer"
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): {way}")
     if changed and not run.args.override:
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, or --override")
+    if checkpoint["classes"] != list(run.data.classes):
+        raise ValueError(f"{path}: its classes are not those of {run.args.dataset} in {run.args.data_dir}")
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
     try:
@@ -804,6 +804,9 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     stride = model.config.stride
     if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
         raise ValueError(f"image-size={args.image_size}: expected a multiple of {stride}, the stride of {args.model}")
+    if args.image_size is not None and args.image_size > 112 and model.config.stem_stride == 1:
+        others = "the *_imagenet networks and --model-args stem_stride=4 have smaller ones"
+        accelerator.print(f"{args.model} keeps maps of {args.image_size} x {args.image_size}, which is slow; {others}")
     model = model.to(memory_format=torch.channels_last)
     if args.zero_init_last:
         zero_init_last(model)
@@ -946,7 +949,7 @@ def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
 
 def go_on(args: argparse.Namespace) -> str:
     if args.output_dir and any((Path(args.output_dir) / name).exists() for name in ("last.pt", "previous.pt")):
-        return f"go on with --output-dir {shlex.quote(args.output_dir)} --resume auto"
+        return f"go on with the same command and --output-dir {shlex.quote(args.output_dir)} --resume auto"
     return "start again"
 
 

@@ -201,6 +201,20 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path, own, change, 
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_checkpoint_of_another_network_says_so(tmp_path):
+    """Its weights may fit, as where only a stride differs."""
+    path, model = tmp_path / "file.pt", create_model("fishnet_tiny")
+    for field, value, fits in (("stem_stride", 1, True), ("final_norm", False, False)):
+        source = create_model("fishnet_tiny", num_classes=3, **{field: value})
+        torch.save({"config": vars(source.config), "model": source.state_dict()}, path)
+        said = rf"file\.pt \(of a network with {field}={value}\): "
+        if fits:
+            assert re.search(said + "334 of 335 tensors", load_pretrained(model, path))
+        else:
+            with pytest.raises(ValueError, match=said + r"\d+ of its weights do not fit"):
+                load_pretrained(model, path)
+
+
 def test_a_model_that_is_none_of_ours_is_refused(own):
     for model in FishNetFPN(create_model("fishnet_tiny")), nn.Linear(3, 2):
         with pytest.raises(ValueError, match="of its weights do not fit the model"):

@@ -126,8 +126,8 @@ def test_command(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
     evaluation.main()
     result = json.loads(capsys.readouterr().out)
-    assert result["images"] == 37 and set(result) == {
-        "top1_error", "top5_error", "loss", "images", "tta", "class_errors",
+    assert result["images"] == sum(result["class_images"].values()) == 37 and set(result) == {
+        "top1_error", "top5_error", "loss", "images", "tta", "class_errors", "class_images",
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", [*arguments, "--split", "val"])
     evaluation.main()

@@ -38,7 +38,8 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
     out = process.communicate(timeout=10)[0]
     assert process.returncode == code and "Traceback" not in out
     step = load(tmp_path / "run" / "last.pt")["state"]["step"]
-    assert f"{number.name}: saved step {step}; go on with --output-dir {tmp_path}/run --resume auto" in out and step > 0
+    assert f"{number.name}: saved step {step}; go on with the same command and --output-dir {tmp_path}/run " in out
+    assert step > 0
 
 
 def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
@@ -243,7 +244,7 @@ def test_out_of_memory_says_what_to_do(tmp_path):
     assert "--compile failed (InvalidCxxCompiler: No working C++ compiler found): " in train.explain(compiler, "", "")
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
     line = train.explain(gone, *train.advice(args, 1))
-    assert re.match(rf"another process is gone \(.*\): go on with --output-dir {tmp_path} --resume auto$", line)
+    assert re.match(rf"another process is gone \(.*\): go on with .* --output-dir {tmp_path} --resume auto$", line)
     with pytest.raises(RuntimeError, match="anything else"):
         train.explain(RuntimeError("anything else"), *train.advice(args, 1))
 

@@ -528,6 +528,12 @@ def test_on_the_cpu_there_is_no_gpu(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_apples_gpu_is_not_used(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # as accelerate launch says
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert train.make_accelerator(train.parse_args([])).device.type == "cpu"
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     """torchrun on a CPU, without ACCELERATE_USE_CPU: each would write to the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
