@@ -224,8 +224,10 @@ def explain(error: RuntimeError | MemoryError, smaller: str, again: str) -> str:
         return f"{message.splitlines()[0]}: {again}, or read data in the main process with --workers 0"
     if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
         return f"--compile failed ({one_line(error)[:200]}): mend that (it needs a C++ compiler), or leave it out"
-    if "gloo" in message or isinstance(error, torch.distributed.DistError):
+    if "gloo" in message or "ncclRemoteError" in message or isinstance(error, torch.distributed.DistNetworkError):
         return f"another process is gone ({message.splitlines()[0][:100]}): {again}"
+    if isinstance(error, torch.distributed.DistError):  # NCCL's reason stands in its last line
+        return f"the processes cannot work together ({' '.join(message.split())[:600]}): {again}"
     raise error
 
 
@@ -335,10 +337,13 @@ def load_model(checkpoint: dict) -> nn.Module:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """ValueError: torchrun started several processes, each of which would take itself for the only one."""
+    """ValueError: torchrun started several processes, and each takes itself for the only one, or two share a GPU."""
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise ValueError(f"{started} processes, but Accelerate knows of one: set ACCELERATE_USE_CPU=true on a CPU")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if accelerator.device.type == "cuda" and here > gpus:
+        raise ValueError(f"{here} processes on a machine with {gpus} GPU(s): expected one process for each GPU")
 
 
 def hide_unused_gpus() -> None:

@@ -239,6 +239,31 @@ class RunState:
     sums: list[list[float]] = dataclasses.field(default_factory=list)  # [loss, errors, images] of each process
 
 
+class StopSignal:
+    """SIGTERM or SIGINT, which end the program as ever until `listen` is called, and training after a step then."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        self.number = number
+
+    def agreed(self, accelerator: Accelerator, wait: bool = True) -> int:
+        """The signal that any process got, or 0: the same on all of them, so that all stop at the same step.
+
+        Several GPUs have to be waited for: without `wait` it is 0 there.
+        """
+        if accelerator.num_processes == 1:
+            return self.number
+        if not wait and accelerator.device.type != "cpu":
+            return 0
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
 @dataclasses.dataclass
 class Run:
     """What the loop works with."""
@@ -254,10 +279,10 @@ class Run:
     transform: BatchTransform
     mix: CutMix | None
     sums: Tensor  # (3,) this process's part of state.sums, on the device
-    stop: "StopSignal"
     lock: TextIO | None  # on the main process: open as long as the run lives
     writer: SummaryWriter | None = None  # on the main process
     state: RunState = dataclasses.field(default_factory=RunState)
+    stop: StopSignal = dataclasses.field(default_factory=StopSignal)
     save_seconds: float = 0.0
     data_seconds: float = 0.0  # of the epoch: waiting for images and augmenting them
     compiled: bool = False  # with --compile: once the first step is done
@@ -277,34 +302,6 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
         return args.lr * 0.1 ** (step // steps_per_epoch // args.decay_epochs)
     done = (step - warmup) / (args.epochs * steps_per_epoch - warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class StopSignal:
-    """SIGTERM or SIGINT: before training it ends the program at once, in training after a step (or an evaluation)."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.training = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame: object) -> None:
-        self.number = number
-        if not self.training:
-            for again in (signal.SIGTERM, signal.SIGINT):  # a second one, while Python ends, is no traceback
-                signal.signal(again, signal.SIG_DFL)
-            sys.exit(128 + number)
-
-    def agreed(self, accelerator: Accelerator, wait: bool = True) -> int:
-        """The signal that any process got, or 0: the same on all of them, so that all stop at the same step.
-
-        Several GPUs have to be waited for: without `wait` it is 0 there.
-        """
-        if accelerator.num_processes == 1:
-            return self.number
-        if not wait and accelerator.device.type != "cpu":
-            return 0
-        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 
 def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
@@ -777,7 +774,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     return optimizer(groups, args.lr, weight_decay=args.weight_decay)
 
 
-def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) -> Run:
+def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     """Everything from the arguments. ValueError or OSError: something the user gave is wrong."""
     check_args(args, accelerator)
     output_dir = make_output_dir(args, accelerator)
@@ -824,7 +821,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator, stop: StopSigna
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     run = Run(
         args=args, accelerator=accelerator, output_dir=output_dir, data=data, model=model, optimizer=optimizer,
-        sampler=sampler, loader=loader, transform=transform, mix=mix, sums=sums, stop=stop, lock=lock,
+        sampler=sampler, loader=loader, transform=transform, mix=mix, sums=sums, lock=lock,
     )  # fmt: skip
     if path:
         resume(run, Path(path))
@@ -891,14 +888,14 @@ def raised_in_thread(hook: threading.ExceptHookArgs) -> None:
 
 def main() -> None:
     args = parse_args()
-    stop = StopSignal()
     accelerator = make_accelerator(args)
     try:
-        run = make_run(args, accelerator, stop)
+        run = make_run(args, accelerator)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError) as error:
         sys.exit(f"train.py: {explain(error, *advice(args, accelerator.num_processes))}")
+    run.stop.listen()
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     accelerator.print(
@@ -908,7 +905,6 @@ def main() -> None:
         f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}"
     )
     started = time.perf_counter()
-    stop.training = True
     try:
         with workers_released():
             run_epochs(run)

@@ -135,15 +135,6 @@ def test_a_changed_checkpoint_is_refused(run_train, tmp_path, monkeypatch):
         run_train(tmp_path / "refused", *flags, "--resume", str(trained))
 
 
-def test_a_second_signal_while_the_program_ends_is_no_traceback():
-    code = (
-        "import atexit, os, signal, train; train.StopSignal(); kill = lambda number: os.kill(os.getpid(), number); "
-        "atexit.register(kill, signal.SIGTERM); kill(signal.SIGINT)"
-    )
-    process = start_python(1, "-c", code)
-    assert process.communicate(timeout=300)[0] == "" and process.returncode == -signal.SIGTERM
-
-
 def test_a_directory_in_use_is_refused(run_train, tmp_path):
     code = "import pathlib, sys, train; lock = train.lock_output_dir(pathlib.Path(sys.argv[1])); print('held'); input()"
     other = start_python(1, "-c", code, tmp_path, stdin=subprocess.PIPE)
@@ -245,6 +236,8 @@ def test_out_of_memory_says_what_to_do(tmp_path):
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
     line = train.explain(gone, *train.advice(args, 1))
     assert re.match(rf"another process is gone \(.*\): go on with .* --output-dir {tmp_path} --resume auto$", line)
+    nccl = torch.distributed.DistBackendError("NCCL error in: a.cpp:9, invalid usage\nLast error:\nDuplicate GPU")
+    assert "invalid usage Last error: Duplicate GPU): go on" in train.explain(nccl, *train.advice(args, 1))
     with pytest.raises(RuntimeError, match="anything else"):
         train.explain(RuntimeError("anything else"), *train.advice(args, 1))
 

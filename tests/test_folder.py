@@ -343,7 +343,8 @@ def test_a_split_that_is_no_longer_the_runs_is_refused(run_folder, run_evaluate,
 def test_six_images_are_a_dataset(run_folder, tmp_path):
     for name in ("a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"):
         draw(tmp_path / "train" / name)
-    out = run_folder(tmp_path, "run", "-b", "4", "--epochs", "1", "--image-size", "120", "--model-args", "stem_stride=1")
+    large = "--image-size", "120", "--model-args", "stem_stride=1"
+    out = run_folder(tmp_path, "run", "-b", "4", "--epochs", "1", *large)
     assert "keeps maps of 120 x 120, which is slow" in out
     assert "4 training and 2 validation images" in out  # a fifth of three is nearest to one
 

@@ -540,6 +540,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match=r"^2 processes, but Accelerate knows of one: set ACCELERATE_USE_CPU=true"):
         train.check_processes(SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # at the first barrier NCCL would refuse them
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^2 processes on a machine with 1 GPU\(s\): expected one process for each"):
+        train.check_processes(SimpleNamespace(num_processes=2, device=torch.device("cuda")))
 
 
 def test_without_validation_best_is_last(run_train, tmp_path):

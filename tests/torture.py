@@ -197,6 +197,7 @@ class Run:
                            "MASTER_PORT": str(port)}  # fmt: skip
         base = [*SMALL, "-b", "16", "--epochs", "3", "--checkpoint-every", "1", "--data-dir", str(work("cifar"))]
         sys.argv = ["train.py", *base, "--output-dir", str(self.folder), *self.flags]
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as train.py begins
         if self.hook:
             self.hook()
         train.main()
@@ -978,7 +979,7 @@ def measure_stall(answer: Path, folder: str) -> None:
     """One part of 32 images stands for an eighth of a step of 256."""
     flags = ["--recipe", "baseline", "--data-dir", str(work("cifar")), "--output-dir", folder, "-b", "32"]
     args = train.parse_args(flags)
-    run = train.make_run(args, train.make_accelerator(args), train.StopSignal())
+    run = train.make_run(args, train.make_accelerator(args))
     run.model.train()
     steps, saves = [], []
     for _ in range(2):
