@@ -888,7 +888,7 @@ def made_otherwise(content: object, model: nn.Module) -> str:
         return ""
     faults = []
     for field in fields(ours):
-        value = theirs.get(field.name, getattr(ours, field.name))
+        value = theirs.get(field.name, field.default)  # as older checkpoints mean it
         plain = isinstance(value, (int, str)) or (isinstance(value, tuple) and all(map(_is_int, value)))
         if field.name != "num_classes" and plain and value != getattr(ours, field.name):
             faults.append(f"{field.name}={value!r:.60}")

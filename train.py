@@ -324,8 +324,11 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
     os.close(folder)
 
 
-def save(run: Run, *names: str) -> None:
-    """A checkpoint of plain values and tensors, loadable with weights_only=True. Call it on every process."""
+def save(run: Run, *names: str, keep_as: str | None = "previous.pt") -> None:
+    """A checkpoint of plain values and tensors, loadable with weights_only=True. Call it on every process.
+
+    keep_as: what the last.pt until then is called from now on; None: it goes.
+    """
     run.state.sums = run.accelerator.gather(run.sums[None]).tolist()
     if not run.accelerator.is_main_process:
         return
@@ -349,8 +352,8 @@ def save(run: Run, *names: str) -> None:
     buffer = io.BytesIO()  # so that a full disk is an OSError here, not an error inside torch's own writer
     torch.save(checkpoint, buffer)
     for name in names:
-        keep_as = run.output_dir / "previous.pt" if name == "last.pt" else None
-        write_atomic(run.output_dir / name, buffer.getbuffer(), keep_as)
+        keep = run.output_dir / keep_as if keep_as and name == "last.pt" else None
+        write_atomic(run.output_dir / name, buffer.getbuffer(), keep)
     run.save_seconds += time.perf_counter() - started
 
 
@@ -390,13 +393,13 @@ def resume(run: Run, path: Path) -> None:
     there = count_images(run.data)
     if checkpoint.get("images", there) != there:
         changed.append(f"images {checkpoint['images']} -> {there}")
-    if checkpoint["args"].get("opt") != run.args.opt:
-        way = "give its flags, --override cannot change an optimizer"
+    other_classes = checkpoint["classes"] != list(run.data.classes)
+    changed += ["other classes"] if other_classes else []
+    if other_classes or checkpoint["args"].get("opt") != run.args.opt:
+        way = "give its flags, --override changes neither classes nor optimizer"
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): {way}")
     if changed and not run.args.override:
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, or --override")
-    if checkpoint["classes"] != list(run.data.classes):
-        raise ValueError(f"{path}: its classes are not those of {run.args.dataset} in {run.args.data_dir}")
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
     try:
@@ -609,6 +612,11 @@ def log_epoch(run: Run, row: dict[str, float], again: bool) -> None:
         if f"val_{name}" in row and f"val/{name}" not in logged:
             run.writer.add_scalar(f"val/{name}", row[f"val_{name}"], row["step"])
     run.writer.flush()
+    write_metrics(run)
+
+
+def write_metrics(run: Run) -> None:
+    """metrics.csv, of the epochs so far."""
     text = io.StringIO(newline="")
     columns = dict.fromkeys(name for row in run.state.history for name in row)
     table = csv.DictWriter(text, list(columns))
@@ -835,11 +843,11 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
         text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
         write_atomic(output_dir / "args.json", text.encode())
-    last = output_dir / "last.pt"
-    if path and Path(path).resolve() != last.resolve():  # what the run goes on from is its last.pt now
-        if last.exists() and accelerator.is_main_process:
-            last.replace(output_dir / "last.pt.left")
-        save(run, "last.pt")
+    if path and Path(path).resolve() != (output_dir / "last.pt").resolve():  # what it goes on from is its last.pt now
+        left = "last.pt.left"  # the first one stays: a command that goes back may be given again
+        save(run, "last.pt", keep_as=None if (output_dir / left).exists() else left)
+        if accelerator.is_main_process:
+            write_metrics(run)
     return run
 
 
@@ -881,8 +889,8 @@ def run_epochs(run: Run) -> None:
 
 
 def raised_in_thread(hook: threading.ExceptHookArgs) -> None:
-    """Of a disk that TensorBoard's thread cannot write to we hear at the next point, and print one line."""
-    if not issubclass(hook.exc_type, OSError):
+    """An OSError of TensorBoard's thread is raised again at its next point, for one line: here it is not printed."""
+    if not (issubclass(hook.exc_type, OSError) and type(hook.thread).__module__.startswith("tensorboard")):
         threading.__excepthook__(hook)
 
 
@@ -902,9 +910,10 @@ def main() -> None:
         f"{args.model}, {parameters:,} parameters; {args.dataset}, {len(data.train)} training and {len(data.val)} "
         f"validation images\n"
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.mixed_precision}, "
-        f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}"
+        f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}",
+        flush=True,
     )
-    started = time.perf_counter()
+    started, at_its_end = time.perf_counter(), finished(run)
     try:
         with workers_released():
             run_epochs(run)
@@ -920,14 +929,14 @@ def main() -> None:
     if run.writer:
         run.writer.close()
     best_file = run.output_dir / "best.pt"
-    if best_file.exists():
+    if at_its_end and not best_file.exists():  # its best epoch is another folder's
+        accelerator.print("the run was at its end: nothing was left to do")
+    else:
         best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
         accelerator.print(f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time")
-        if len(data.test) or len(data.val):
+        if best_file.exists() and (len(data.test) or len(data.val)):
             split = "" if len(data.test) else " --split val"
             accelerator.print(f"python evaluate.py {shlex.quote(str(best_file))}{split}")
-    else:  # whose best epoch is another folder's
-        accelerator.print("the run was at its end: nothing was left to do")
     leave(accelerator)
 
 

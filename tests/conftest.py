@@ -100,7 +100,7 @@ STARTED: list[subprocess.Popen] = []
 def start_python(processes: int, *arguments: object, cwd: Path = ROOT, stdin: int | None = None) -> subprocess.Popen:
     """python ARGUMENTS on so many processes, on the CPU and on a free port; its output is on one pipe, stdout."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, *map(str, (*launch, *arguments))],
         cwd=cwd, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

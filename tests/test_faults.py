@@ -164,7 +164,7 @@ def test_a_write_that_the_kernel_refuses_is_one_line_and_leaves_the_checkpoint(r
 
 def test_curves_that_cannot_be_written_end_a_run_with_one_line(run_train, tiny_dir, tmp_path):
     """TensorBoard's thread finds it out. No file may grow beyond what a fresh event file has after some points."""
-    flags = "-b", "16", "--data-dir", str(tiny_dir), "--epochs", "99", "--log-every", "1"
+    flags = "-b", "4", "--data-dir", str(tiny_dir), "--epochs", "99", "--log-every", "1"  # 16 steps an epoch
     run_train(tmp_path / "run", *flags, "--max-steps", "1")
     command = [sys.executable, "train.py", *SMALL, *flags, "--output-dir", str(tmp_path / "run"), "--resume", "auto"]
     limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
@@ -172,7 +172,7 @@ def test_curves_that_cannot_be_written_end_a_run_with_one_line(run_train, tiny_d
     process = start_python(1, "-c", limited, *command)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "Traceback" not in out
-    assert re.search(r"^train\.py: .*File too large.*--resume auto\.$", out, re.M), out
+    assert re.search(r"^train\.py: .*File too large[^']*--resume auto\.$", out, re.M), out  # of no 'last.pt'
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_training(run_train, tmp_path):

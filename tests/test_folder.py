@@ -326,7 +326,7 @@ def test_a_run_is_bound_to_its_classes(run_folder, copy):
     run_folder(copy, "run", "--epochs", "2", "--max-steps", "3")
     for part in ("train", "val"):
         (copy / part / "banana").rename(copy / part / "zebra")
-    with pytest.raises(SystemExit, match="its classes are not those of folder in"):
+    with pytest.raises(SystemExit, match=r"\(other classes\): give its flags, --override changes neither classes nor"):
         run_folder(copy, "run", "--epochs", "2", "--resume", "auto", "--override")
 
 

@@ -58,8 +58,8 @@ def keep_every_step(folder: Path) -> None:
     """From here on each save of last.pt is followed by a copy of the folder, folder-STEP."""
     save = train.save
 
-    def keeping(run: train.Run, *names: str) -> None:
-        save(run, *names)
+    def keeping(run: train.Run, *names: str, **keep_as: str | None) -> None:
+        save(run, *names, **keep_as)
         run.accelerator.wait_for_everyone()
         if "last.pt" in names and run.accelerator.is_main_process:
             shutil.copytree(folder, folder.with_name(f"{folder.name}-{run.state.step}"), dirs_exist_ok=True)
@@ -406,7 +406,7 @@ def test_pretrained_weights_are_where_a_run_starts(run_train, tmp_path):
 def test_override_takes_the_new_flags_and_refuses_another_optimizer(run_train, tmp_path):
     run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "2")
     flags = ("--epochs", "2", "--resume", "auto", "--max-steps", "3", "--override")
-    with pytest.raises(SystemExit, match=r"opt sgd -> adam\): give its flags, --override cannot change an optimizer"):
+    with pytest.raises(SystemExit, match=r"opt sgd -> adam\): give its flags, --override changes neither"):
         run_train(tmp_path / "run", *flags, "--opt", "adam")
     with pytest.raises(SystemExit, match=r"--override cannot change how many steps an epoch has, which would be 12\)"):
         run_train(tmp_path / "run", *flags, "-b", "16")
@@ -468,9 +468,11 @@ def test_a_run_from_another_folder_has_a_best_of_its_own(run_train, tmp_path, mo
     out = run_train(tmp_path / "c", "--epochs", "2", "--resume", str(tmp_path / "b" / "last.pt"))
     assert "best epoch" not in out and "nothing was left to do" in out
     assert load(tmp_path / "c" / "last.pt")["state"]["step"] == 12  # from its start on c holds the run
+    assert len((tmp_path / "c" / "metrics.csv").read_text().splitlines()) == 3
 
     before, last = best.read_bytes(), (tmp_path / "b" / "last.pt").read_bytes()
     assert f"resumed {best} at step 12" in run_train(tmp_path / "b", "--epochs", "2", "--resume", str(best))
+    run_train(tmp_path / "b", "--epochs", "2", "--resume", str(best))  # as a scheduler starts it
     assert (tmp_path / "b" / "last.pt.left").read_bytes() == last
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "b" / name).unlink()
@@ -532,6 +534,7 @@ def test_apples_gpu_is_not_used(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # as accelerate launch says
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert train.make_accelerator(train.parse_args([])).device.type == "cpu"
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
