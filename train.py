@@ -910,8 +910,7 @@ def main() -> None:
         f"{args.model}, {parameters:,} parameters; {args.dataset}, {len(data.train)} training and {len(data.val)} "
         f"validation images\n"
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.mixed_precision}, "
-        f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}",
-        flush=True,
+        f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}"
     )
     started, at_its_end = time.perf_counter(), finished(run)
     try:
