@@ -360,7 +360,8 @@ def save(run: Run, *names: str, keep_as: str | None = "previous.pt") -> None:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run's folder, last.pt or previous.pt; None: it never had one.
 
-    ValueError: there is none, but a damaged one or best.pt. A damaged one is renamed, so that the next save does not put it in the place of a whole one.
+    ValueError: there is none, but a damaged one or best.pt. A damaged one is renamed, so that the next save does not
+    put it in the place of a whole one.
     """
     for path in (folder / "last.pt", folder / "previous.pt"):
         if not path.exists():
