@@ -321,11 +321,10 @@ class FishNetConfig:
     tail_shortcut: of the tail's units that widen, "conv" or "repeat" (make_shortcut). bridge: "se", the SE unit after
     T4, or "none". stem_depth: bottlenecks of the stem, which have no shortcuts. If preact, a 3x3 convolution comes
     before them, and 0 leaves it alone; if not, the first of them takes the image, and 0 leaves a 3x3 convolution with
-    BN-ReLU. stem_stride: of the first
-    3x3 convolution, which is 7x7 for 4, so that it sees every pixel. final_norm: BN-ReLU before the last pool.
-    in_channels: of the images. num_classes: of the classifier. body_dilations: of the first regular unit in B4 B3 B2, 1
-    to 32. transfer_depths: residual units of the transfer blocks of B4 B3 B2 H1 H2 H3 H4, 0 to concatenate a skip as it
-    is; empty for [S]'s, one M each.
+    BN-ReLU. stem_stride: of the first 3x3 convolution, which is 7x7 for 4, so that it sees every pixel. final_norm:
+    BN-ReLU before the last pool. in_channels: of the images. num_classes: of the classifier. body_dilations: of the
+    first regular unit in B4 B3 B2, 1 to 32. transfer_depths: residual units of the transfer blocks of B4 B3 B2 H1 H2 H3
+    H4, 0 to concatenate a skip as it is; empty for [S]'s, one M each.
 
     structure: "slides" for [S], "paper" for [O]'s networks for ImageNet, which have a stem of three convolutions and a
     pool with stride 4; BN-ReLU before a shortcut's convolution; an attention bridge; no skip to B4; no regular units

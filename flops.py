@@ -42,7 +42,8 @@ With --time, for each network and each combination of the flags' values, the med
                  --checkpoint-activations computes a second time is not counted.
     product      GFLOP/s by those of a product of square matrices with 4,096 rows, or 2,048 on a CPU, of the same
                  precision and in the same rounds.
-    set-up       seconds for making the network and three steps; --compile compiles in them, or finds it in its cache.
+    set-up       seconds for making the network and two steps, three on a GPU; --compile compiles in them, or
+                 finds it in its cache.
 
 Settings have a process each. One works at a time, on all cores that it may use, but they hold their memory together.
 
@@ -378,7 +379,7 @@ def work(pipe: Connection, setting: Setting) -> None:
         step()  # a compiler does its work here
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # not of its trials
-        step()  # CUDA graphs are recorded in it, and take their memory
+            step()  # CUDA graphs are recorded in it, and take their memory
         first, *_, last = step()
         steps = max(1, round(0.2 / (last - first)))
         pipe.send(time.perf_counter() - started)

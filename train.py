@@ -357,15 +357,18 @@ def save(run: Run, *names: str, keep_as: str | None = "previous.pt") -> None:
     run.save_seconds += time.perf_counter() - started
 
 
+def resumable(folder: Path) -> list[Path]:
+    """What `--resume auto` may go on from, the newest first."""
+    return [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run's folder, last.pt or previous.pt; None: it never had one.
 
     ValueError: there is none, but a damaged one or best.pt. A damaged one is renamed, so that the next save does not
     put it in the place of a whole one.
     """
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if not path.exists():
-            continue
+    for path in resumable(folder):
         try:
             load_checkpoint(path)
             return path
@@ -673,9 +676,9 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     folder = Path(broadcast_object_list([name])[0])
     folder.mkdir(parents=True, exist_ok=True)
     goes_on = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
-    there = [folder / name for name in ("last.pt", "previous.pt", "best.pt") if (folder / name).exists()]
-    if there and not goes_on:
-        path = shlex.quote(str(there[0])) if there[0].name == "best.pt" else "auto"
+    best = folder / "best.pt"
+    if not goes_on and (resumable(folder) or best.exists()):
+        path = "auto" if resumable(folder) else shlex.quote(str(best))
         raise ValueError(f"output-dir={folder}: holds a run; go on with --resume {path}, or take another folder")
     return folder
 
@@ -953,7 +956,7 @@ def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
 
 
 def go_on(args: argparse.Namespace) -> str:
-    if args.output_dir and any((Path(args.output_dir) / name).exists() for name in ("last.pt", "previous.pt")):
+    if args.output_dir and resumable(Path(args.output_dir)):
         return f"go on with the same command and --output-dir {shlex.quote(args.output_dir)} --resume auto"
     return "start again"
 

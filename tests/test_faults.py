@@ -38,8 +38,8 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
     out = process.communicate(timeout=10)[0]
     assert process.returncode == code and "Traceback" not in out
     step = load(tmp_path / "run" / "last.pt")["state"]["step"]
-    assert f"{number.name}: saved step {step}; go on with the same command and --output-dir {tmp_path}/run " in out
-    assert step > 0
+    go_on = f"go on with the same command and --output-dir {tmp_path}/run --resume auto"
+    assert f"{number.name}: saved step {step}; {go_on}" in out and step > 0
 
 
 def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
@@ -133,6 +133,16 @@ def test_a_changed_checkpoint_is_refused(run_train, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_state", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(SystemExit, match=r"^train\.py: out of memory: try "):  # whose fault is not the checkpoint's
         run_train(tmp_path / "refused", *flags, "--resume", str(trained))
+
+
+def test_a_second_signal_while_the_program_ends_is_no_traceback():
+    code = (
+        "import atexit, os, signal, train; kill = lambda number: os.kill(os.getpid(), number); "
+        "train.StopSignal().listen(); "
+        "atexit.register(kill, signal.SIGTERM); kill(signal.SIGINT)"
+    )
+    process = start_python(1, "-c", code)
+    assert process.communicate(timeout=300)[0] == "" and process.returncode == 0
 
 
 def test_a_directory_in_use_is_refused(run_train, tmp_path):
@@ -235,7 +245,8 @@ def test_out_of_memory_says_what_to_do(tmp_path):
     assert "--compile failed (InvalidCxxCompiler: No working C++ compiler found): " in train.explain(compiler, "", "")
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
     line = train.explain(gone, *train.advice(args, 1))
-    assert re.match(rf"another process is gone \(.*\): go on with .* --output-dir {tmp_path} --resume auto$", line)
+    again = f"go on with the same command and --output-dir {tmp_path} --resume auto"
+    assert re.match(rf"another process is gone \(.*\): {again}$", line)
     nccl = torch.distributed.DistBackendError("NCCL error in: a.cpp:9, invalid usage\nLast error:\nDuplicate GPU")
     assert "invalid usage Last error: Duplicate GPU): go on" in train.explain(nccl, *train.advice(args, 1))
     with pytest.raises(RuntimeError, match="anything else"):
