@@ -46,7 +46,7 @@ from data import (
     read_image,
     reader_may_leave,
 )
-from fishnet import FishNetConfig, check_weights, checked_copy, create_model
+from fishnet import FishNetConfig, check_weights, checked_copy, create_model, out_of_memory
 
 
 class StateDict(dict):
@@ -203,13 +203,6 @@ def workers_released() -> Iterator[None]:
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Of a GPU, of Python or of torch's CPU allocator, which raises a plain RuntimeError."""
-    text = str(error)
-    of_torch = isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
-    return of_torch or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def explain(error: RuntimeError | MemoryError, smaller: str, again: str) -> str:

@@ -40,7 +40,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,12 @@ class RepeatChannels(nn.Module):
         return x.index_select(1, channels)
 
 
+def norm_conv(in_channels: int, out_channels: int, bias: bool = False) -> list[nn.Module]:
+    """BN, ReLU and a 1x1 convolution."""
+    conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+    return [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv]
+
+
 def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
     """(N, C_in, H, W) -> (N, C_out, H, W): the identity where the widths agree, else what `kind` says.
 
@@ -144,6 +150,14 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.branch(x).add_(self.shortcut(x)))  # in place: one map less at the peak
+
+
+def residual_units(
+    in_channels: int, out_channels: int, depth: int, preact: bool, dilation: int = 1, shortcut: str = "conv"
+) -> nn.Sequential:
+    """`depth` residual units; the first changes the width and has the dilation."""
+    first = [ResidualUnit(in_channels, out_channels, preact, dilation, shortcut)] if depth else []
+    return nn.Sequential(*first, *(ResidualUnit(out_channels, out_channels, preact) for _ in range(depth - 1)))
 
 
 class SqueezeExcite(nn.Module):
@@ -197,20 +211,6 @@ class AttentionBridge(nn.Module):
         score = self.score(x)  # (N, 2C, H, W)
         attention = self.attention(score)  # (N, C, 1, 1)
         return self.units(score) * attention + attention
-
-
-def norm_conv(in_channels: int, out_channels: int, bias: bool = False) -> list[nn.Module]:
-    """BN, ReLU and a 1x1 convolution."""
-    conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-    return [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv]
-
-
-def residual_units(
-    in_channels: int, out_channels: int, depth: int, preact: bool, dilation: int = 1, shortcut: str = "conv"
-) -> nn.Sequential:
-    """`depth` residual units; the first changes the width and has the dilation."""
-    first = [ResidualUnit(in_channels, out_channels, preact, dilation, shortcut)] if depth else []
-    return nn.Sequential(*first, *(ResidualUnit(out_channels, out_channels, preact) for _ in range(depth - 1)))
 
 
 # ----------------------------------------------------------------------------------------------- refinement, stage
@@ -311,6 +311,10 @@ def channel_plan(
     return tuple(trunk), skips
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class FishNetConfig:
     """A network as numbers; checked when it is made. A wrong value is a ValueError that names its field.
@@ -357,11 +361,15 @@ class FishNetConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, allowed in (
             ("structure", ("slides", "paper")), ("tail_shortcut", ("conv", "repeat")), ("bridge", ("se", "none")),
+            ("preact", (True, False)), ("final_norm", (True, False)), ("stem_stride", (1, 2, 4)),
         ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                self._refuse(name, " or ".join(map(repr, allowed)))
+            value = getattr(self, name)
+            if type(value) is not type(allowed[0]) or value not in allowed:  # True == 1
+                self._refuse(name, f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
+        for name, minimum in {"k": 1, "stem_depth": 0, "in_channels": 1, "num_classes": 1}.items():
+            if not _is_int(getattr(self, name)) or getattr(self, name) < minimum:
+                self._refuse(name, f"an integer of at least {minimum}")
         paper = self.structure == "paper"
-        tail_only = not paper and self.body_depths == self.head_depths == ()
         self._check_integers("channels", 4, minimum=4)
         if self.channels[3] < 16:
             self._refuse("channels", "a last width of at least 16, the reduction of squeeze-and-excitation")
@@ -369,23 +377,11 @@ class FishNetConfig:
             self._refuse("channels", "widths that do not shrink, for tail_shortcut='repeat'")
         self._check_integers("tail_depths", 4, minimum=0)
         if 0 in self.tail_depths[: 4 if paper else 3]:
-            self._refuse("tail_depths", "at least 1 unit in each of T1, T2 and T3, where the width changes")
-        if not tail_only:
-            self._check_integers("body_depths", 3, minimum=int(paper))
-            self._check_integers("head_depths", 3 if paper else 4, minimum=int(paper))
+            stages = "T1, T2, T3 and the bridge" if paper else "T1, T2 and T3"
+            self._refuse("tail_depths", f"at least 1 unit in each of {stages}, where the width changes")
         self._check_integers("body_dilations", 3, minimum=1)
         if max(self.body_dilations) > 32:
             self._refuse("body_dilations", "at most 32")
-        if paper or self.transfer_depths:
-            self._check_integers("transfer_depths", 6 if paper else 7, minimum=0)
-        for name, minimum in {"k": 1, "stem_depth": 0, "in_channels": 1, "num_classes": 1}.items():
-            if not _is_int(getattr(self, name)) or getattr(self, name) < minimum:
-                self._refuse(name, f"an integer of at least {minimum}")
-        for name in ("preact", "final_norm"):
-            if not isinstance(getattr(self, name), bool):
-                self._refuse(name, "True or False")
-        if not _is_int(self.stem_stride) or self.stem_stride not in (1, 2, 4):
-            self._refuse("stem_stride", "1, 2 or 4")
         if paper:  # its structure leaves no choice in these
             for name, value in {
                 "preact": True, "tail_shortcut": "conv", "bridge": "se", "stem_depth": 2, "stem_stride": 4,
@@ -393,28 +389,30 @@ class FishNetConfig:
             }.items():  # fmt: skip
                 if getattr(self, name) != value:
                     self._refuse(name, f"{value!r} in the structure 'paper'")
-        for name in ("k", "bridge", "body_dilations", "transfer_depths") if tail_only else ():
-            if getattr(self, name) != getattr(FishNetConfig, name):
-                self._refuse(name, f"{getattr(FishNetConfig, name)!r} for a tail alone, which has no use for another")
-        if not tail_only:
-            channel_plan(self.channels, self.k, self.structure)  # raises where k does not divide
+        if not paper and self.body_depths == self.head_depths == ():  # the tail alone
+            for name in ("k", "bridge", "body_dilations", "transfer_depths"):
+                if getattr(self, name) != getattr(FishNetConfig, name):
+                    default = repr(getattr(FishNetConfig, name))
+                    self._refuse(name, f"{default} for a tail alone, which has no use for another")
+            return
+        self._check_integers("body_depths", 3, minimum=int(paper))
+        self._check_integers("head_depths", 3 if paper else 4, minimum=int(paper))
+        if paper or self.transfer_depths:
+            self._check_integers("transfer_depths", 6 if paper else 7, minimum=0)
+        channel_plan(self.channels, self.k, self.structure)  # raises where k does not divide
 
     def _check_integers(self, name: str, length: int, minimum: int) -> None:
         values = getattr(self, name)
         if len(values) != length or not all(_is_int(v) and v >= minimum for v in values):
             self._refuse(name, f"{length} integers of at least {minimum}")
 
-    def _refuse(self, name: str, expected: str) -> None:
+    def _refuse(self, name: str, expected: str) -> NoReturn:
         raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
     @property
     def stride(self) -> int:
         """Input pixels per pixel of the lowest resolution: image sides must be multiples of it."""
         return self.stem_stride * 8
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -437,10 +435,100 @@ class Feature(NamedTuple):
     stride: int
 
 
+def make_stem(config: FishNetConfig) -> nn.Sequential:
+    """Images (N, in_channels, H, W) -> x1 (N, c1, H/stem_stride, W/stem_stride); no shortcuts here."""
+    c1, stride = config.channels[0], config.stem_stride
+    if config.structure == "paper":
+        layers = []
+        for widths, step in (((config.in_channels, c1 // 2), 2), ((c1 // 2, c1 // 2), 1), ((c1 // 2, c1), 1)):
+            conv = nn.Conv2d(*widths, 3, stride=step, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(widths[1]), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
+    size = 3 if stride < 4 else 7
+    strided = functools.partial(nn.Conv2d, kernel_size=size, stride=stride, padding=size // 2, bias=False)
+    if config.preact:
+        units = (bottleneck(c1, c1, True) for _ in range(config.stem_depth))
+        return nn.Sequential(strided(config.in_channels, c1), *units)
+    if config.stem_depth == 0:
+        return nn.Sequential(strided(config.in_channels, c1), nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
+    first = bottleneck(config.in_channels, c1, False)
+    first.conv2 = strided(c1 // 4, c1 // 4)
+    return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
+
+
+def make_tail(config: FishNetConfig) -> nn.ModuleList:
+    """T1-T4: residual units; a max-pool follows T1, T2 and T3. [O]'s T4 is its bridge."""
+    c1, c2, c3, c4 = config.channels
+    paper = config.structure == "paper"
+    shortcut = "norm_conv" if paper else config.tail_shortcut
+    tail = nn.ModuleList(
+        residual_units(*widths, depth, config.preact, shortcut=shortcut)
+        for widths, depth in zip(((c1, c2), (c2, c3), (c3, c4), (c4, c4)), config.tail_depths)
+    )
+    if paper:
+        tail[3] = AttentionBridge(c4, config.tail_depths[3])
+    return tail
+
+
+def make_pool(channels: int, config: FishNetConfig) -> nn.Module:
+    """(N, C, H, W) -> (N, C', 1, 1): the average pool before the classifier. C' is C/2 in [O]'s networks, else C."""
+    pool = nn.AdaptiveAvgPool2d(1)
+    if config.structure == "paper":
+        last = nn.BatchNorm2d(channels // 2), nn.ReLU(inplace=True)
+        return nn.Sequential(*norm_conv(channels, channels // 2), *last, pool)
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool) if config.final_norm else pool
+
+
+def make_stage(config: FishNetConfig, i: int) -> Stage:
+    """Stage i of B4 B3 B2 H1 H2 H3 H4 (0 ... 6).
+
+    [S]: regular residual units, the first of them dilated; the transfer block is one M, unless transfer_depths says how
+    many residual units; M refines once. [O]: no regular units; the transfer block is residual units; M and further
+    residual units refine, all of them dilated.
+    """
+    trunk, skip = (widths[i] for widths in channel_plan(config.channels, config.k, config.structure))
+    resample = nn.Upsample(scale_factor=2) if i < 3 else nn.MaxPool2d(2)
+    if i == 6:
+        resample = make_pool(trunk + skip, config)
+    dilation = (*config.body_dilations, 1, 1, 1, 1)[i]
+    k = config.k if i < 3 else 1
+    depths = (*config.body_depths, *config.head_depths)
+    if config.structure == "slides":
+        regular = residual_units(trunk, trunk, depths[i], config.preact, dilation)
+        if config.transfer_depths:
+            transfer = residual_units(skip, skip, config.transfer_depths[i], config.preact)
+        else:
+            transfer = bottleneck(skip, skip, config.preact)
+        return Stage(regular, transfer, Refine(trunk + skip, k, config.preact), resample)
+
+    refine = nn.Sequential()
+    if i < 6:
+        k = 1 if i == 0 else k
+        width = (trunk + skip) // k
+        refine.append(Refine(trunk + skip, k, True, dilation))
+        refine.extend(ResidualUnit(width, width, True, dilation) for _ in range(depths[i] - 1))
+    transfer = residual_units(skip, skip, config.transfer_depths[i - 1], True) if skip else nn.Sequential()
+    return Stage(nn.Sequential(), transfer, refine, resample)
+
+
+def init_weights(model: nn.Module) -> None:
+    """[S]: convolutions Kaiming normal, linear Kaiming uniform; [O]: all of them normal with std sqrt(2 / (k^2 out)).
+
+    BN is made with weight 1 and bias 0.
+    """
+    paper = model.config.structure == "paper"
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) or (paper and isinstance(module, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out" if paper else "fan_in")
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight)
+
+
 class ResNet(nn.Module):
     """The tail alone: stem, four stages of residual units, average pool, classifier. [S]'s ResNet.
 
-    images (N, in_channels, H, W), H and W multiples of config.stride -> logits (N, num_classes).
+    images (N, in_channels, H, W), H and W multiples of config.stride -> logits (N, num_classes). ValueError: other
+    images. The comments give sizes relative to the stem's output.
     """
 
     def __init__(self, config: FishNetConfig) -> None:
@@ -532,125 +620,6 @@ class FishNet(nn.Module):
         return self.fc(x.flatten(1))  # (N, num_classes)
 
 
-class FishNetFPN(nn.Module):
-    """A network's feature pyramid as a backbone of torchvision's detectors (Lin et al. 2017).
-
-    images (N, in_channels, H, W) -> {"0": (N, out_channels, H', W'), "1", "2", "3" at half the sides each, "pool"};
-    level "0" has the stride of the stem. A FishNet gives its head's maps, a ResNet its tail's. torchvision pads images
-    to multiples of 32, which fit every network here. What only the classifier sees, of the model that is given, no
-    longer takes gradients.
-    """
-
-    def __init__(self, model: "FishNet | ResNet", out_channels: int = 256) -> None:
-        super().__init__()
-        # Here, since only detectors need it: it doubles the time and adds to the memory that "import fishnet" takes.
-        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-
-        self.model = model
-        self.out_channels = out_channels
-        widths = [feature.channels for feature in list(model.feature_info.values())[:4]]
-        unused = [model.fc, model.head[3].resample if isinstance(model, FishNet) else model.pool]
-        for parameter in nn.ModuleList(unused).parameters():
-            parameter.requires_grad_(False)  # DistributedDataParallel would wait for their gradients
-        # The maps are sums that nothing has normalised yet: batch norm follows each convolution of the pyramid.
-        self.fpn = FeaturePyramidNetwork(widths, out_channels, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
-
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self.model.forward_features(x).values()
-        return self.fpn(OrderedDict((str(level), x) for level, x in enumerate(maps)))
-
-
-def make_stage(config: FishNetConfig, i: int) -> Stage:
-    """Stage i of B4 B3 B2 H1 H2 H3 H4 (0 ... 6).
-
-    [S]: regular residual units, the first of them dilated; the transfer block is one M, unless transfer_depths says how
-    many residual units; M refines once. [O]: no regular units; the transfer block is residual units; M and further
-    residual units refine, all of them dilated.
-    """
-    trunk, skip = (widths[i] for widths in channel_plan(config.channels, config.k, config.structure))
-    resample = nn.Upsample(scale_factor=2) if i < 3 else nn.MaxPool2d(2)
-    if i == 6:
-        resample = make_pool(trunk + skip, config)
-    dilation = (*config.body_dilations, 1, 1, 1, 1)[i]
-    k = config.k if i < 3 else 1
-    depths = (*config.body_depths, *config.head_depths)
-    if config.structure == "slides":
-        regular = residual_units(trunk, trunk, depths[i], config.preact, dilation)
-        if config.transfer_depths:
-            transfer = residual_units(skip, skip, config.transfer_depths[i], config.preact)
-        else:
-            transfer = bottleneck(skip, skip, config.preact)
-        return Stage(regular, transfer, Refine(trunk + skip, k, config.preact), resample)
-
-    refine = nn.Sequential()
-    if i < 6:
-        k = 1 if i == 0 else k
-        width = (trunk + skip) // k
-        refine.append(Refine(trunk + skip, k, True, dilation))
-        refine.extend(ResidualUnit(width, width, True, dilation) for _ in range(depths[i] - 1))
-    transfer = residual_units(skip, skip, config.transfer_depths[i - 1], True) if skip else nn.Sequential()
-    return Stage(nn.Sequential(), transfer, refine, resample)
-
-
-def make_stem(config: FishNetConfig) -> nn.Sequential:
-    """Images (N, in_channels, H, W) -> x1 (N, c1, H/stem_stride, W/stem_stride); no shortcuts here."""
-    c1, stride = config.channels[0], config.stem_stride
-    if config.structure == "paper":
-        layers = []
-        for widths, stride in (((config.in_channels, c1 // 2), 2), ((c1 // 2, c1 // 2), 1), ((c1 // 2, c1), 1)):
-            conv = nn.Conv2d(*widths, 3, stride=stride, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(widths[1]), nn.ReLU(inplace=True)]
-        return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
-    size = 3 if stride < 4 else 7
-    if config.preact or config.stem_depth == 0:
-        first = nn.Conv2d(config.in_channels, c1, size, stride=stride, padding=size // 2, bias=False)
-        if config.preact:
-            return nn.Sequential(first, *(bottleneck(c1, c1, True) for _ in range(config.stem_depth)))
-        return nn.Sequential(first, nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
-    first = bottleneck(config.in_channels, c1, False)
-    if stride < 4:
-        first.conv2.stride = (stride, stride)
-    else:
-        first.conv2 = nn.Conv2d(c1 // 4, c1 // 4, size, stride=stride, padding=size // 2, bias=False)
-    return nn.Sequential(first, *(bottleneck(c1, c1, False) for _ in range(config.stem_depth - 1)))
-
-
-def make_tail(config: FishNetConfig) -> nn.ModuleList:
-    """T1-T4: residual units; a max-pool follows T1, T2 and T3. [O]'s T4 is its bridge."""
-    c1, c2, c3, c4 = config.channels
-    paper = config.structure == "paper"
-    shortcut = "norm_conv" if paper else config.tail_shortcut
-    tail = nn.ModuleList(
-        residual_units(*widths, depth, config.preact, shortcut=shortcut)
-        for widths, depth in zip(((c1, c2), (c2, c3), (c3, c4), (c4, c4)), config.tail_depths)
-    )
-    if paper:
-        tail[3] = AttentionBridge(c4, config.tail_depths[3])
-    return tail
-
-
-def make_pool(channels: int, config: FishNetConfig) -> nn.Module:
-    """(N, C, H, W) -> (N, C', 1, 1): the average pool before the classifier. C' is C/2 in [O]'s networks, else C."""
-    pool = nn.AdaptiveAvgPool2d(1)
-    if config.structure == "paper":
-        last = nn.BatchNorm2d(channels // 2), nn.ReLU(inplace=True)
-        return nn.Sequential(*norm_conv(channels, channels // 2), *last, pool)
-    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool) if config.final_norm else pool
-
-
-def init_weights(model: "FishNet | ResNet") -> None:
-    """[S]: convolutions Kaiming normal, linear Kaiming uniform; [O]: all of them normal with std sqrt(2 / (k^2 out)).
-
-    BN is made with weight 1 and bias 0.
-    """
-    paper = model.config.structure == "paper"
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) or (paper and isinstance(module, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out" if paper else "fan_in")
-        elif isinstance(module, nn.Linear):
-            nn.init.kaiming_uniform_(module.weight)
-
-
 def zero_init_last(model: nn.Module) -> None:
     """Every residual unit and refinement starts as its shortcut alone: the last layer of its branch is set to zero.
 
@@ -713,6 +682,33 @@ def create_model(name: str, /, **overrides: object) -> FishNet | ResNet:
     return FishNet(config) if config.head_depths else ResNet(config)
 
 
+class FishNetFPN(nn.Module):
+    """A network's feature pyramid as a backbone of torchvision's detectors (Lin et al. 2017).
+
+    images (N, in_channels, H, W) -> {"0": (N, out_channels, H', W'), "1", "2", "3" at half the sides each, "pool"};
+    level "0" has the stride of the stem. A FishNet gives its head's maps, a ResNet its tail's. torchvision pads images
+    to multiples of 32, which fit every network here. What only the classifier sees, of the model that is given, no
+    longer takes gradients.
+    """
+
+    def __init__(self, model: FishNet | ResNet, out_channels: int = 256) -> None:
+        super().__init__()
+        # Here, since only detectors need it: it doubles the time and adds to the memory that "import fishnet" takes.
+        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+        self.model = model
+        self.out_channels = out_channels
+        widths = [feature.channels for feature in list(model.feature_info.values())[:4]]
+        for unused in (model.fc, model.head[3].resample if isinstance(model, FishNet) else model.pool):
+            unused.requires_grad_(False)  # DistributedDataParallel would wait for their gradients
+        # The maps are sums that nothing has normalised yet: batch norm follows each convolution of the pyramid.
+        self.fpn = FeaturePyramidNetwork(widths, out_channels, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.model.forward_features(x).values()
+        return self.fpn(OrderedDict((str(level), x) for level, x in enumerate(maps)))
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -741,7 +737,10 @@ def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tenso
     """forward(x) of a part of a network, whose maps are computed again in the backward pass instead of being kept."""
     if torch.compiler.is_compiling():  # a compiler keeps statistics apart by itself
         return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False)
-    contexts = lambda: (contextlib.nullcontext(), StatisticsHeld(part))  # noqa: E731
+
+    def contexts() -> tuple[contextlib.AbstractContextManager, StatisticsHeld]:
+        return contextlib.nullcontext(), StatisticsHeld(part)  # of the forward pass, and of its repetition
+
     return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
@@ -781,6 +780,7 @@ AUTHORS_NAMES = (
     (r"fish\.fish\.([6789])\.1\.(\d+)\.", lambda m: f"head.{int(m[1]) - 6}.transfer.{m[2]}."),
     (r"fish\.fish\.9\.3\.([023])\.", r"head.3.resample.\1."),
     (r"fish\.fish\.9\.4\.1\.", r"fc."),
+    (r"(.*\.)((?:bn|conv)[123]\.)", r"\1branch.\2"),  # then the names inside a unit
 )
 WELLTRAINED_NAMES = (  # the authors' second file of FishNet-150 cuts two of its sequences elsewhere
     (r"fish\.fish\.3\.1\.([01])\.", lambda m: f"fish.fish.3.0.{int(m[1]) + 2}."),
@@ -810,12 +810,11 @@ PYTORCHCV_NAMES = (
     (r"features\.final_block\.preactiv\.bn\.", r"head.3.resample.3."),
     (r"output\.final_conv\.", r"fc."),
     # then the names inside a unit
-    (r"(.*)\.block(\d+)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}."),
+    (r"(.*)\.block(\d{1,4})\.", lambda m: f"{m[1]}.{int(m[2]) - 1}."),
     (r"(.*)\.body\.conv([123])\.(bn|conv)\.", r"\1.branch.\3\2."),
     (r"(.*)\.identity_conv\.bn\.", r"\1.shortcut.0."),
     (r"(.*)\.identity_conv\.conv\.", r"\1.shortcut.2."),
 )
-UNIT_NAMES = ((r"(.*\.)((?:bn|conv)[123]\.)", r"\1branch.\2"),)
 
 
 def rename(name: str, table: tuple) -> str:
@@ -830,11 +829,12 @@ def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, st
 
     names: what weights of `found` are called in the file that they come from.
     """
-    expected, names = model.state_dict(), names or {}
+    expected = model.state_dict()
+    labels = {name: repr((names or {}).get(name, name))[1:-1][:200] for name in found}  # a file may call them anything
     faults = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    faults += [f"{names.get(name, name)} is not the model's" for name in found.keys() - expected.keys()]
+    faults += [f"{labels[name]} is not the model's" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
-        label = names.get(name, name)
+        label = labels[name]
         if not isinstance(found[name], Tensor):
             faults.append(f"{label} is no tensor")
             continue
@@ -868,9 +868,9 @@ def checked_copy(path: Path) -> io.BytesIO:
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("compressed, which torch.save never does: a small file could fill the memory")
         names = {record.filename.lower() for record in records}  # torch.load does not look at the case
-        one_folder = len({name.partition("/")[0] for name in names}) == 1
-        size = sum(record.file_size for record in records)
-        if len(names) < len(records) or not one_folder or size > len(content):
+        if len({name.partition("/")[0] for name in names}) != 1:
+            raise ValueError("not in one folder, as torch.save writes it")
+        if len(names) < len(records) or sum(record.file_size for record in records) > len(content):
             raise ValueError("its records overlap")
         if min(record.header_offset for record in records) > 0:
             raise ValueError("something lies before its first record")
@@ -880,11 +880,23 @@ def checked_copy(path: Path) -> io.BytesIO:
     return copy
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of Python or of torch's CPU allocator, which raises a plain RuntimeError."""
+    text = str(error)
+    of_torch = isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    return of_torch or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def has_numbers(value: object) -> bool:
+    """Whether it is a tensor that has its numbers, in one block."""
+    return isinstance(value, Tensor) and not value.is_meta and not value.is_nested
+
+
 def made_otherwise(content: object, model: nn.Module) -> str:
     """The fields in which a checkpoint's config is not the model's: weights may fit a network that they are not of."""
     theirs, ours = content.get("config") if isinstance(content, dict) else None, getattr(model, "config", None)
-    if not isinstance(theirs, dict) or not isinstance(ours, FishNetConfig):
-        return ""
+    if not isinstance(theirs, dict) or "channels" not in theirs or not isinstance(ours, FishNetConfig):
+        return ""  # no network of this file: others call their training's settings so, too
     faults = []
     for field in fields(ours):
         value = theirs.get(field.name, field.default)  # as older checkpoints mean it
@@ -905,23 +917,22 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
+    reason = "damaged"
     try:  # files from before PyTorch 1.6 are no archives, and have no checksums
         file = checked_copy(path) if is_archive(path) else path
-    except MemoryError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    except Exception as error:  # zipfile raises many kinds for a damaged file
-        raise ValueError(f"{path}: damaged ({error})") from None
-    try:
+        reason = "not a file of weights that torch.load(weights_only=True) reads"
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds, with advice that would run a file's code
-        raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
+    except Exception as error:  # zipfile and torch raise many kinds, torch's with advice that would run a file's code
+        if out_of_memory(error):
+            raise
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise ValueError(f"{path}: {reason}" + (f" ({error})" if reason == "damaged" else "")) from None
     where = f"{path}{made_otherwise(content, model)}"
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+    if not isinstance(content, dict) or not content or not all(map(has_numbers, content.values())):
         raise ValueError(f"{path}: holds no state_dict")
 
     source, tables = "this project's", ()
@@ -929,29 +940,27 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     if any(name.startswith("fish.fish.") for name in plain):
         source = "the authors'"
         welltrained = "fish.fish.9.4.4.weight" in plain
-        tables = (*(WELLTRAINED_NAMES if welltrained else ()), *AUTHORS_NAMES, *UNIT_NAMES)
+        tables = (*WELLTRAINED_NAMES, *AUTHORS_NAMES) if welltrained else AUTHORS_NAMES
     elif any(name.startswith("features.hg.") for name in plain):
         source, tables = "pytorchcv's", PYTORCHCV_NAMES
     names = {rename(name, tables): theirs for name, theirs in plain.items()}
     if len(names) < len(content):
-        twice = next(theirs for theirs in content if theirs not in names.values())
+        twice, *_ = content.keys() - names.values()
         raise ValueError(f"{path}: {twice} is in it twice, under two names")
     found = {name: content[theirs] for name, theirs in names.items()}
 
     expected = model.state_dict()
-    fc = "fc.weight"
-    if fc in found and found[fc].ndim == 4:
-        found[fc] = found[fc].flatten(1)  # a classifier of [O] is a 1x1 convolution
-    dropped = ""
-    if fc in found and fc in expected and found[fc].shape[1:] == expected[fc].shape[1:]:
+    fc, dropped, new = "fc.weight", "", {}  # new: what stays as it is made
+    if fc in found and found[fc].shape[2:] == (1, 1):
+        found[fc] = found[fc][..., 0, 0]  # a classifier of [O] is a 1x1 convolution
+    if fc in found and fc in expected and found[fc].ndim == 2 and found[fc].shape[1] == expected[fc].shape[1]:
         theirs, ours = len(found[fc]), len(expected[fc])
         if theirs != ours:
             dropped = f"; the classifier is new: {ours} classes, not {theirs}"
-            found |= {name: value for name, value in expected.items() if name.startswith("fc.")}
+            new = {name: value for name, value in expected.items() if name.startswith("fc.")}
     uncounted = [name for name in expected if name.endswith("num_batches_tracked") and name not in found]
-    found |= {name: expected[name] for name in uncounted}  # files from before PyTorch 0.4.1 do not count batches
+    found |= new | {name: expected[name] for name in uncounted}  # before PyTorch 0.4.1 files did not count batches
     check_weights(model, found, where, names)
     model.load_state_dict(found)
     total = len(expected) - len(uncounted)
-    own = sum(name.startswith("fc.") for name in expected) if dropped else 0
-    return f"{where}: {total - own} of {total} tensors from {source} file{dropped}"
+    return f"{where}: {total - len(new)} of {total} tensors from {source} file{dropped}"

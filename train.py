@@ -63,7 +63,6 @@ from evaluate import (
     hide_unused_gpus,
     leave,
     load_checkpoint,
-    out_of_memory,
     prepare_cpu,
     signals_held,
     workers_released,
@@ -74,6 +73,7 @@ from fishnet import (
     create_model,
     load_pretrained,
     model_names,
+    out_of_memory,
     zero_init_last,
 )
 
@@ -873,9 +873,7 @@ def run_epochs(run: Run) -> None:
         if len(data.val):
             for buffer in run.model.buffers():
                 broadcast(buffer)  # batch norm's statistics are each process's own: all judge the model that is saved
-            val = evaluate(
-                run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers
-            )
+            val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers)
             if not math.isfinite(val.loss):
                 before = run.output_dir / "previous.pt"
                 way = f"; go on with --resume {shlex.quote(str(before))} --override" if before.exists() else ""

@@ -16,7 +16,7 @@ from detect_figures import draw_scene
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 
-from fishnet import AUTHORS_NAMES, PYTORCHCV_NAMES, UNIT_NAMES, FishNetFPN, create_model, load_pretrained, rename
+from fishnet import AUTHORS_NAMES, PYTORCHCV_NAMES, FishNetFPN, create_model, load_pretrained, rename
 
 # ------------------------------------------------------------------------------------------------ names of other files
 # The names of the layers of two other implementations, written down from their files. Each tensor gets numbers that
@@ -92,7 +92,7 @@ def make_file(name: str, layers: list[str], tables: tuple) -> dict[str, torch.Te
 
 
 def authors_file(name: str) -> dict[str, torch.Tensor]:
-    return make_file(name, authors_layers(name), (*AUTHORS_NAMES, *UNIT_NAMES))
+    return make_file(name, authors_layers(name), AUTHORS_NAMES)
 
 
 def pytorchcv_file(name: str) -> dict[str, torch.Tensor]:
@@ -183,10 +183,17 @@ def test_another_number_of_classes_drops_the_classifier_alone(own):
         (lambda state: state.update({"fc.weight": state["fc.weight"].half()}), "torch.float16 .*, expected"),
         (lambda state: state.update({"fc.weight": state["fc.weight"].to_sparse()}), "fc.weight is "),
         (lambda state: state.update({"fc.weight": torch.zeros(10, 7)}), r"fc.weight is \(10, 7\)"),
+        (lambda state: state.update({"fc.weight": torch.zeros(10, 7, 2, 2)}), r"fc.weight is \(10, 7, 2, 2\)"),
+        (lambda state: state.update({"fc.weight": torch.zeros(7).as_strided((10, 7, 10**6, 10**6), (0, 1, 0, 0))}),
+         r"fc.weight is \(10, 7, 1000000, 1000000\)"),  # a small file
         (lambda state: state.update({"module.fc.weight": state["fc.weight"]}), "fc.weight is in it twice"),
         (lambda state: [state.pop(key) for key in list(state)[9:]], "; and [0-9]+ more$"),
         (lambda state: state.update({"module.other": torch.zeros(1)}), "module.other is not the model's"),
+        (lambda state: state.update({"a\n\33[31m": torch.zeros(1)}), r"model: a\\n\\x1b\[31m is not the model's$"),
+        (lambda state: state.update({"features.hg.block" + "1" * 5000 + ".": torch.zeros(1)}), "1 is not the model"),
         (lambda state: state.update(number=1), "holds no state_dict"),
+        (lambda state: state.update(other=torch.zeros(1, device="meta")), "holds no state_dict"),
+        (lambda state: state.update(other=torch.nested.nested_tensor([torch.zeros(1)])), "holds no state_dict"),
         (dict.clear, "holds no state_dict"),
     ],
 )
@@ -213,6 +220,23 @@ def test_a_checkpoint_of_another_network_says_so(tmp_path):
         else:
             with pytest.raises(ValueError, match=said + r"\d+ of its weights do not fit"):
                 load_pretrained(model, path)
+
+
+def test_settings_that_others_call_config_are_no_network(tmp_path, own):
+    torch.save({"config": {"lr": 0.1}, "state_dict": own[1].state_dict()}, tmp_path / "file.pt")
+    line = load_pretrained(create_model("fishnet_tiny"), tmp_path / "file.pt")
+    assert line == f"{tmp_path}/file.pt: 335 of 335 tensors from this project's file"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(5, "a bad disk")])
+def test_what_the_machine_lacks_is_not_the_files_fault(monkeypatch, own, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as caught:
+        load_pretrained(own[1], own[0])
+    assert not isinstance(error, OSError) or caught.value.filename == str(own[0])
 
 
 def test_a_model_that_is_none_of_ours_is_refused(own):

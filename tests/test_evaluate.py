@@ -220,7 +220,7 @@ def rewritten(path: Path, change, compression: int = zipfile.ZIP_STORED) -> None
         (lambda records: [(n, b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s." if "pkl" in n else c) for n, c in records],
          "a key in it is a tuple"),  # torch.load dies of it
         (lambda records: [*records, records[0]], "its records overlap"),
-        (lambda records: [*records, ("other/data.pkl", records[0][1])], "its records overlap"),
+        (lambda records: [*records, ("other/data.pkl", records[0][1])], "not in one folder"),
         (lambda records: [*records, (records[0][0].replace("data.pkl", "DATA.pkl"), b"")], "its records overlap"),
         (lambda records: [(n, c[: len(c) // 2] if n.endswith("/data/0") else c) for n, c in records], "size"),
     ],

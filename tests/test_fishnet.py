@@ -371,6 +371,7 @@ def test_a_tail_alone_refuses_fields_of_the_body(field, value):
         ("stem_stride", 2, "4 in the structure 'paper'"),
         ("body_depths", (1, 0, 1), "3 integers of at least 1"),
         ("head_depths", (1, 1, 1, 1), "3 integers"),
+        ("tail_depths", (2, 2, 6, 0), "at least 1 unit in each of T1, T2, T3 and the bridge"),
         ("transfer_depths", (1, 1), "6 integers"),
     ],
 )
