@@ -12,7 +12,6 @@ epoch, index), a batch's augmentation from (seed, epoch, step, shard), so a run 
 """
 
 import argparse
-import collections
 import contextlib
 import errno
 import math
@@ -38,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 
 # ---------------------------------------------------------------------------------------------------------- facts
@@ -45,30 +45,19 @@ from torchvision.transforms import v2
 
 @dataclass(frozen=True)
 class CifarFacts:
-    """Where a CIFAR's files are and what they hold; mean and std of the training pixels in [0, 1]."""
+    """Of a CIFAR: torchvision's class, which knows its files; the labels' key; mean and std of the training pixels."""
 
-    folder: str
-    train_files: tuple[str, ...]
-    test_files: tuple[str, ...]
-    meta_file: str
+    source: type[CIFAR10]
     label_key: bytes
-    names_key: bytes
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    download: type[CIFAR10]
 
 
 CIFAR = {
-    "cifar10": CifarFacts(
-        "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",), "batches.meta",
-        b"labels", b"label_names", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), CIFAR10,
-    ),
-    "cifar100": CifarFacts(
-        "cifar-100-python", ("train",), ("test",), "meta",
-        b"fine_labels", b"fine_label_names", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100,
-    ),
-}  # fmt: skip
+    "cifar10": CifarFacts(CIFAR10, b"labels", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": CifarFacts(CIFAR100, b"fine_labels", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 DATASETS = (*CIFAR, "shapes", "folder")
 SHAPES = ("disc", "ring", "half disc", "crescent", "triangle", "square", "bar", "cross", "star", "corner")
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
@@ -112,9 +101,9 @@ class ImageSet(Dataset):
 class Data:
     """A dataset, split; class names in the order of the labels; mean and std of RGB in [0, 1]."""
 
-    train: "ImageSet | FolderSet"
-    val: "ImageSet | FolderSet"
-    test: "ImageSet | FolderSet"
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -289,7 +278,7 @@ def check_size(content: object, most: int = 10**7, depth: int = 32) -> None:
     for _ in range(depth):
         below = []
         for value in level:
-            items = list(value.values()) if isinstance(value, dict) else value
+            items = [*value, *value.values()] if isinstance(value, dict) else value
             if isinstance(items, (list, tuple, str, bytes)):
                 count += len(items)
             if count > most:
@@ -388,35 +377,36 @@ def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, 
 
 def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """(train, test, class names) of CIFAR-10 or -100 in the official python layout, downloaded if it is not there."""
-    facts = CIFAR[name]
-    folder = data_dir / facts.folder
+    facts, source = CIFAR[name], CIFAR[name].source
+    folder = data_dir / source.base_folder
     if not folder.is_dir():
-        _download(facts, data_dir)
-    for file in (*facts.train_files, *facts.test_files, facts.meta_file):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing: complete the folder, or remove it to download it")
+        download(source, data_dir)
+    train, test = ([folder / file for file, _ in files] for files in (source.train_list, source.test_list))
+    meta, key = folder / source.meta["filename"], source.meta["key"]
+    for file in (*train, *test, meta):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: complete the folder, or remove it to download it")
     sets = []
-    for files in (facts.train_files, facts.test_files):
-        batches = [read_batch(folder / file, facts.label_key, facts.num_classes) for file in files]
+    for files in (train, test):
+        batches = [read_batch(file, facts.label_key, facts.num_classes) for file in files]
         images, labels = (torch.cat(parts) for parts in zip(*batches))
         sets.append(ImageSet(images, labels))
-    names = read_pickle(folder / facts.meta_file).get(facts.names_key)
+    names = read_pickle(meta).get(key.encode())
     if not isinstance(names, list) or len(names) != facts.num_classes or not all(type(n) is bytes for n in names):
-        raise ValueError(f"{folder / facts.meta_file}: {facts.names_key.decode()!r} is not {facts.num_classes} names")
+        raise ValueError(f"{meta}: {key!r} is not {facts.num_classes} names")
     return *sets, tuple(n.decode(errors="replace") for n in names)
 
 
-def _download(facts: CifarFacts, data_dir: Path) -> None:
-    """Through torchvision, which checks the archive's MD5."""
+def download(source: type[CIFAR10], data_dir: Path) -> None:
+    """Its archive, with the right MD5, unpacked into data_dir. FileNotFoundError, with a way out: it does not work."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # a silent server must not hang the run
     try:
-        facts.download(data_dir, download=True)
+        download_and_extract_archive(source.url, data_dir, md5=source.tgz_md5)
     except Exception as error:  # whatever went wrong, the way out is the same
-        archive = facts.download.url
         raise FileNotFoundError(
-            f"{data_dir / facts.folder} is not there and its download failed ({error}): unpack {archive} into "
-            f"{data_dir}, or train on --dataset shapes, which needs no files"
+            f"{data_dir / source.base_folder} is not there and its download failed ({error}): unpack {source.url} "
+            f"into {data_dir}, or train on --dataset shapes, which needs no files"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -458,8 +448,11 @@ def read_image(path: str | Path) -> Tensor:
             key = image.info.get("transparency")  # of a grey PNG: the value that is transparent, as in the file
             if isinstance(key, int) and image.mode == "L":
                 image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
+            if isinstance(key, tuple) and image.tile[0].args == "RGB;16B":  # Pillow keeps the upper bits
+                image.info["transparency"] = tuple(value >> 8 for value in key)
             tags = getattr(image, "tag_v2", {})  # a TIFF's: 258 is the number of bits, and where 262 is 0, so is white
             top, negative = 4095 if tags.get(258) == (12,) else 65535, tags.get(262) == 0
+            image.filename = ""  # else Pillow maps a TIFF into memory, by the sides that it has once it is turned
             image.load()  # a decoder's error is raised once: whoever calls it again gets the rows before the damage
             with contextlib.suppress(Exception):
                 image = ImageOps.exif_transpose(image)
@@ -476,7 +469,8 @@ def read_image(path: str | Path) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # decoders raise many kinds for damaged files
-        raise ImageFileError(f"{path}: cannot be read as an image ({one_line(error)})") from None
+        name = str(path).replace("\n", "\\n")
+        raise ImageFileError(f"{name}: cannot be read as an image ({one_line(error)})") from None
 
 
 def image_fault(path: str | Path) -> str | None:
@@ -556,15 +550,13 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: fl
     return Data(**sets, classes=classes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-class FolderSet(Dataset):
-    """Files (N,) of images and labels int64 (N,): as ImageSet, but an image is read and cropped when it is asked for.
+class FolderSet(ImageSet):
+    """Files (N,) of images and labels int64 (N,): not in memory, an image is read and cropped when it is asked for.
 
     Its crop uint8 (3, size, size) is `centre_crop`'s while `epoch` is None. In an epoch it is a random part of the
     image that follows from (seed, epoch, index) alone, whichever process reads it and whatever was read before.
     ImageFileError, naming the file: it cannot be read.
     """
-
-    collate = staticmethod(ImageSet.collate)
 
     def __init__(self, root: Path, files: list[str], labels: Tensor, size: int, ratio: float, seed: int) -> None:
         self.root = root
@@ -573,10 +565,6 @@ class FolderSet(Dataset):
         self.size = size
         self.ratio = ratio
         self.seed = seed
-        self.epoch: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         try:
@@ -647,10 +635,9 @@ def draw_shapes(count: int, seed: int) -> ImageSet:
     grid = (np.arange(64, dtype=np.float32) + 0.5) / 2  # two samples a pixel and axis, for smooth edges
     for label in range(len(SHAPES)):
         for index in np.array_split(np.flatnonzero(labels == label), 8):  # in parts: they fit the cache
-            x, y = (grid[None] - c[index, None] for c in centre)
-            cos, sin = (f(angle[index])[:, None, None] / radius[index, None, None] for f in (np.cos, np.sin))
-            x, y = x[:, None, :].astype(np.float32), y[:, :, None].astype(np.float32)
-            cos, sin = cos.astype(np.float32), sin.astype(np.float32)
+            x, y = ((grid - c[index, None]).astype(np.float32) for c in centre)
+            x, y = x[:, None, :], y[:, :, None]
+            cos, sin = ((f(angle) / radius)[index, None, None].astype(np.float32) for f in (np.cos, np.sin))
             inside = inside_figure(SHAPES[label], cos * x + sin * y, cos * y - sin * x)  # (n, 64, 64)
             cover = inside.reshape(-1, 32, 2, 32, 2).mean((2, 4), dtype=np.float32)[:, None]
             image = background[index, :, None, None] * (1 - cover) + colour[index, :, None, None] * cover
@@ -721,7 +708,10 @@ class EpochBatches:
 
 
 def seeded_generator(*entropy: int) -> torch.Generator:
-    """A CPU generator that depends on all the numbers, e.g. (seed, epoch, step, shard), and on how many they are."""
+    """A CPU generator that depends on all the numbers, e.g. (seed, epoch, step, shard), and on how many they are.
+
+    Numbers below 2**32, that is: a larger one counts as two.
+    """
     sequence = np.random.SeedSequence((len(entropy), *entropy))  # by itself it takes (1, 2) and (1, 2, 0, 0) as equal
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
@@ -903,7 +893,7 @@ class BatchTransform:
 AUGMENTS = ("slides", "standard", "cutout", "cutmix", "none")
 
 
-def train_transforms(augment: str, train: ImageSet | FolderSet) -> list[Transform]:
+def train_transforms(augment: str, train: ImageSet) -> list[Transform]:
     """`slides`: random resized crop, flip, Fancy PCA fitted on train. `standard`: padded crop and flip. `cutout`: these
     and a grey square of three eighths of the side, 12 of 32 pixels. `cutmix`: those of `standard`, before
     `train_mix`'s. `none`.
@@ -950,12 +940,6 @@ def pixel_mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
 
 
 # ----------------------------------------------------------------------------------------------------- what it shows
-
-
-def image_grid(images: Tensor, columns: int = 8) -> Tensor:
-    """(N, 3, H, W) -> one picture (3, rows * H, columns * W), N a multiple of columns."""
-    n, c, h, w = images.shape
-    return images.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, -1, columns * w)
 
 
 def first_augmented(data: Data, augment: str, seed: int = 0) -> Tensor:
@@ -1022,9 +1006,9 @@ def print_stats(dataset: str, data: Data) -> None:
     pca = train_transforms("slides", data.train)[-1]
     sets = {"training": data.train, "validation": data.val, "test": data.test}
     sizes = " and ".join(f"{len(images)} {name}" for name, images in sets.items() if len(images))
-    counts = collections.Counter(data.train.labels.tolist())
+    counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
     print(f"{dataset}: {sizes} images, {len(data.classes)} classes")
-    print(f"images a class  {min(counts.values())} to {max(counts.values())}")
+    print(f"images a class  {min(counts)} to {max(counts)}")
     for label, name in enumerate(data.classes):
         print(f"  {counts[label]:>7}  {name:.70}")
     if folder:
@@ -1053,7 +1037,9 @@ def print_faults(data: Data) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at a dataset.")
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
-    parser.add_argument("--data-dir", default="data", help="where the files are (default: %(default)s)")
+    parser.add_argument(
+        "--data-dir", type=os.path.expanduser, default="data", help="where the files are (default: %(default)s)"
+    )
     parser.add_argument("--augment", choices=AUGMENTS, default="slides", help="for --grid")
     parser.add_argument("--grid", metavar="PNG", help="write the first 64 images, raw and augmented")
     parser.add_argument("--stats", action="store_true", help="print mean, std and principal components of the pixels")
@@ -1062,6 +1048,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.grid or args.stats or args.time or args.check):
         parser.error("nothing to do: give --grid PNG, --stats, --time or --check")
+    if args.grid and not args.grid.lower().endswith(".png"):
+        parser.error(f"--grid {args.grid}: expected a name that ends in .png")
     if args.time and args.dataset == "folder":
         parser.error("--time: measures images in memory; take another --dataset")
     if args.check and args.dataset != "folder":

@@ -9,6 +9,11 @@ Model, class names, image size and normalisation come from the checkpoint. Error
 JSON, per cent in the table.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C is no traceback
+
 import argparse
 import contextlib
 import ctypes
@@ -16,7 +21,6 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 import traceback
 import zipfile
@@ -36,7 +40,6 @@ from data import (
     DATASETS,
     BatchTransform,
     Data,
-    FolderSet,
     ImageFileError,
     ImageSet,
     centre_crop,
@@ -86,7 +89,7 @@ class Metrics:
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    images: ImageSet | FolderSet,
+    images: ImageSet,
     transform: BatchTransform,
     num_classes: int,
     batch_size: int = 256,
@@ -290,7 +293,7 @@ def pickled_names() -> dict[str, object]:
         return size
 
     def tensor(size: int, offset: int, shape: tuple, *others: object) -> None:
-        if math.prod(shape) > size:
+        if len(shape) > 8 or not all(type(side) is int for side in shape) or math.prod(shape) > size:
             raise ValueError("one number in it stands for many of a tensor")
 
     names = {f"torch {kind}Storage": None for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int")}
@@ -394,9 +397,9 @@ def set_malloc_thresholds(mmap: int, trim: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Loss and error of a checkpoint, or its predictions for image files.")
     parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
-    parser.add_argument("files", nargs="*", metavar="image", help="predict these instead of evaluating a dataset")
+    parser.add_argument("files", nargs="*", default=[], metavar="image", help="predict these, evaluate no dataset")
     parser.add_argument("--dataset", choices=DATASETS, help="default: the one it was trained on")
-    parser.add_argument("--data-dir", help="default: as in training")
+    parser.add_argument("--data-dir", type=os.path.expanduser, help="default: as in training")
     parser.add_argument("--split", choices=("test", "val"), help="default: test")
     parser.add_argument("-b", "--batch-size", type=int, default=256, help="of each process (default: %(default)s)")
     parser.add_argument("-j", "--workers", type=int, default=0, help="data processes (default: %(default)s)")
@@ -408,7 +411,7 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')}: for evaluating a dataset, while image files are given")
     args.split = args.split or "test"
     hide_unused_gpus()
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")  # whatever accelerate launch says
     allow_tf32(False)
     prepare_cpu(accelerator.device)
     try:
@@ -431,7 +434,10 @@ def main() -> None:
 
     transform = BatchTransform(checkpoint["mean"], checkpoint["std"])
     if args.files:
-        whole = predict_files(args, accelerator, model, checkpoint, transform) if accelerator.is_main_process else True
+        try:
+            whole = not accelerator.is_main_process or predict_files(args, accelerator, model, checkpoint, transform)
+        except (RuntimeError, MemoryError) as error:
+            sys.exit(f"evaluate.py: {explain(error, 'another device', 'start again')}")
         leave(accelerator)
         sys.exit(0 if whole else 1)
     images, batch_size = getattr(data, args.split), args.batch_size
@@ -441,9 +447,12 @@ def main() -> None:
     except (OSError, ImageFileError) as error:
         sys.exit(f"evaluate.py: {error}")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"evaluate.py: {explain(error, f'--batch-size {max(1, batch_size // 2)}', 'start again')}")
+        smaller = f"--batch-size {batch_size // 2}" if batch_size > 1 else "another device"
+        sys.exit(f"evaluate.py: {explain(error, smaller, 'start again')}")
+    if not math.isfinite(m.loss):
+        sys.exit(f"evaluate.py: {args.checkpoint}: the loss of its outputs is not finite")
     if accelerator.is_main_process:
-        print_metrics(m, checkpoint["name"], args.tta, args.split, args.dataset, data.classes, args.json)
+        print_metrics(m, checkpoint["name"], args, data.classes)
     leave(accelerator)
 
 
@@ -459,8 +468,8 @@ def load_evaluated(args: argparse.Namespace, checkpoint: dict, accelerator: Acce
     if list(data.classes) != checkpoint["classes"]:
         raise ValueError(f"dataset={args.dataset}: its classes are not those of {args.checkpoint}")
     there, trained_on = count_images(data), checkpoint.get("images")
-    cut_from_train = args.dataset == trained["dataset"] == "folder" and not (Path(data_dir) / "val").is_dir()
-    if args.split == "val" and cut_from_train and trained_on not in (None, there):
+    has_val = args.dataset == "folder" and (Path(data_dir) / "val").is_dir()
+    if args.split == "val" and args.dataset == trained["dataset"] and not has_val and trained_on not in (None, there):
         raise ValueError(
             f"split=val: {data_dir} has other images, {there}, than the run, {trained_on}: "
             "what is val now may have been trained on"
@@ -488,6 +497,8 @@ def predict_files(
             print(f"evaluate.py: {error}", file=sys.stderr, flush=True)
             continue
         top = predict(accelerator, model, image, transform, checkpoint["classes"])
+        if not math.isfinite(top[0][1]):
+            sys.exit(f"evaluate.py: {args.checkpoint}: its outputs for {file} are not finite")
         predictions.append({"file": file, "top": [{"class": name, "probability": p} for name, p in top]})
         if not args.json:
             print(file, *(f"  {p:7.2%}  {name:.68}" for name, p in top), sep="\n", flush=True)
@@ -496,17 +507,13 @@ def predict_files(
     return len(predictions) == len(args.files)
 
 
-def print_metrics(
-    m: Metrics, model: str, tta: bool, split: str, dataset: str, classes: tuple[str, ...], as_json: bool
-) -> None:
+def print_metrics(m: Metrics, model: str, args: argparse.Namespace, classes: tuple[str, ...]) -> None:
     """One JSON object, or a table."""
-    if as_json:
-        errors = {"top1_error": m.top1_error, "top5_error": m.top5_error, "loss": m.loss}
-        result = errors | {"images": m.images, "tta": tta}
-        each = {"class_errors": m.class_errors, "class_images": m.class_images}
-        print(json.dumps(result | {name: dict(zip(classes, values)) for name, values in each.items()}))
+    if args.json:
+        result = asdict(m) | {"tta": args.tta}
+        print(json.dumps(result | {k: dict(zip(classes, result[k])) for k in ("class_errors", "class_images")}))
         return
-    print(f"{model}{', flip-averaged,' if tta else ''} on {m.images} {split} images of {dataset}")
+    print(f"{model}{', flip-averaged,' if args.tta else ''} on {m.images} {args.split} images of {args.dataset}")
     print(f"loss {m.loss:.4f}   top-1 error {m.top1_error:.2%}   top-5 error {m.top5_error:.2%}")
     width = min(56, max(map(len, classes)))
     for name, error, count in zip(classes, m.class_errors, m.class_images):

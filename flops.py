@@ -369,7 +369,6 @@ def work(pipe: Connection, setting: Setting) -> None:
     Of a round it sends the mean seconds of each part of a step, and its peak of memory in bytes. A line instead says
     what went wrong.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     try:
         pipe.recv()
         started, device = time.perf_counter(), torch.device(setting.device)
@@ -401,7 +400,9 @@ class Worker:
         self.setting = setting
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=work, args=(theirs, setting), daemon=True)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the process inherits it: we end it
         self.process.start()
+        signal.signal(signal.SIGINT, before)
         theirs.close()  # so that the pipe ends with the process
 
     def ask(self) -> object:
@@ -533,6 +534,8 @@ def main() -> None:
         timings = time_settings(settings, {name: c.macs for name, c in counts.items()}, args.rounds) if settings else []
     except ValueError as error:
         sys.exit(f"flops.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
     if args.json:
         networks = [{"name": name} | asdict(c) for name, c in counts.items()]
@@ -540,10 +543,11 @@ def main() -> None:
     elif args.time:
         print_timings(timings)
     elif args.stages is None:
-        print(f"{'network':<20}{'parameters':>11} {'MACs, M':>12} {'FLOPs, M':>12} {'activations, MiB':>17}")
+        width = max(20, *(len(name) + 1 for name in counts))
+        print(f"{'network':<{width}}{'parameters':>11} {'MACs, M':>12} {'FLOPs, M':>12} {'activations, MiB':>17}")
         for name, c in counts.items():
             memory = c.activation_bytes / 2**20
-            print(f"{name:<20}{c.params:>11,} {c.macs / 1e6:>12,.2f} {c.flops / 1e6:>12,.2f} {memory:>17,.2f}")
+            print(f"{name:<{width}}{c.params:>11,} {c.macs / 1e6:>12,.2f} {c.flops / 1e6:>12,.2f} {memory:>17,.2f}")
     else:
         print(f"{'stage':<8}{'size':>6}{'blocks':>9}{'layers':>9}{'parameters':>15} {'MACs, M':>15}")
         for r in rows:

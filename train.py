@@ -49,6 +49,7 @@ from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_objec
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
 
 import data as datasets
 from data import BatchTransform, CutMix, EpochBatches, one_line, reader_may_leave, seeded_generator
@@ -135,7 +136,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", choices=RECIPES, default="baseline", help="the defaults of the flags below")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=datasets.DATASETS, help="what to train on")
-    group.add_argument("--data-dir", default="data", help="where the CIFAR folders are or go; or your train and val")
+    group.add_argument(
+        "--data-dir", type=os.path.expanduser, default="data",
+        help="where the CIFAR folders are or go; or your train and val",
+    )  # fmt: skip
     group.add_argument("--image-size", type=int, help="side of the crops of --dataset folder, if not 224")
     group.add_argument("--val-fraction", type=float, help="part of each class of the training set kept for validation")
     group.add_argument("--augment", choices=datasets.AUGMENTS, help="see train_transforms in data.py")
@@ -841,9 +845,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
         run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
         if run.state.step == 0:
             images = datasets.first_augmented(data, args.augment, args.seed)
-            columns = min(8, len(images))
-            images = images[: len(images) // columns * columns]
-            run.writer.add_image("augmented", datasets.image_grid(images, columns))
+            run.writer.add_image("augmented", make_grid(images, padding=0))
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
         text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
         write_atomic(output_dir / "args.json", text.encode())

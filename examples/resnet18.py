@@ -8,9 +8,14 @@ torchvision's, as is usual for images of 32 x 32 pixels: its first convolution i
 after it.
 """
 
-import os
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C in them is no traceback
+
+import os
 import sys
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -67,6 +72,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback; train.py puts its own handler in this place
+    threading.excepthook = train.raised_in_thread
     with reader_may_leave():
         main()

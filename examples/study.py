@@ -69,12 +69,12 @@ def flags_of(variant: str, seed: int, flags: list[str]) -> list[str]:
 
 def train(flags: list[str], folder: Path, data_dir: str) -> None:
     """Run train.py to its end, from where it is; nothing, if it is there. ValueError: it failed, or had other flags."""
-    done = folder / "done.json"
+    done, flags = folder / "done.json", [*flags, "--data-dir", str(Path(data_dir).resolve())]
     if done.exists():
         if json.loads(done.read_text()) != flags:
-            raise ValueError(f"{folder}: a run with other flags; take another --output-dir")
+            raise ValueError(f"{folder}: a run with other flags or data; take another --output-dir")
         return
-    command = [sys.executable, TRAIN, *flags, "--data-dir", data_dir, "--output-dir", folder, "--resume", "auto"]
+    command = [sys.executable, TRAIN, *flags, "--output-dir", folder, "--resume", "auto"]
     process = subprocess.Popen(list(map(str, command)))
     try:
         code = process.wait()
@@ -154,10 +154,9 @@ def draw(out: str, folders: dict[tuple[str, int], Path]) -> None:
     figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
     for axis, variant in zip(figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat, variants):
         for (name, _), folder in folders.items():
-            for i, part in enumerate(PARTS):
-                points = gradient_norms(folder, make_model(variant)).get(part) if name == variant else None
-                if points:
-                    axis.semilogy(*zip(*points), color=f"C{i}", linewidth=0.8)
+            norms = gradient_norms(folder, make_model(variant)) if name == variant else {}
+            for part, points in norms.items():
+                axis.semilogy(*zip(*points), color=f"C{list(PARTS).index(part)}", linewidth=0.8)
         axis.set_title(variant, fontsize="medium")
     for i, part in enumerate(PARTS):
         figure.axes[0].plot([], color=f"C{i}", label=part)
@@ -182,7 +181,8 @@ def main() -> None:
         for variant in args.variants for seed in args.seeds
     }  # fmt: skip
     try:
-        for flag in ("--model", "--model-args", "--dataset", "--recipe", "--seed"):
+        mine = "--model", "--model-args", "--dataset", "--recipe", "--seed", "--data-dir", "--output-dir", "--resume"
+        for flag in mine:
             if any(word.partition("=")[0] == flag for word in args.flags):
                 raise ValueError(f"{flag}: this program chooses it; for other networks write other VARIANTS")
         if args.picture and not args.picture.endswith(".png"):

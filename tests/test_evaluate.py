@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT, start_python
+from PIL import Image
 from torch import nn
 
 import evaluate as evaluation
@@ -269,6 +271,7 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
         ({"config": checkpoint["config"] | {"structure": [letters] * 99}}, "letters"),
         ({"args": checkpoint["args"] | {"augment": doubled(())}}, "values"),
         ({"state": {"sums": doubled((0.5,), 40)}}, "values"),
+        ({"state": {"sums": [{letters: 1} for _ in range(99)]}}, "letters"),
         ({"config": config, "model": weights}, "one number in it stands for many"),
         ({"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(()).expand(2**35)}}}}, "one number"),
         ({"model": {"a": numbers[:5], "b": numbers[4:]}}, "two tensors in it share"),
@@ -281,6 +284,13 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
         assert (tmp_path / "a.pt").stat().st_size < 2**23
         with pytest.raises(ValueError, match=rf"a\.pt: .*{reason}"):
             load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("shape", [(3 * 10**8, "a"), (10**7, [None]), (1,) * 9])
+def test_a_shape_that_costs_more_than_its_file_is_refused(shape):
+    tensor = evaluation.pickled_names()["torch._utils _rebuild_tensor_v2"]
+    with pytest.raises(ValueError, match="one number in it stands for many"):
+        tensor(10**9, 0, shape)
 
 
 def test_what_lies_before_an_archive_is_refused(checkpoint, tmp_path):
@@ -335,12 +345,46 @@ def test_a_checkpoint_from_before_a_field_means_its_default(checkpoint, tmp_path
 
 
 def test_float32_is_float32(checkpoint, cifar_dir, tmp_path, monkeypatch, capsys):
-    """PyTorch lets a GPU's convolutions round to 10 bits; training without tf32 does not, nor may its evaluation."""
+    """PyTorch lets a GPU's convolutions round to 10 bits; training without tf32 does not, nor may its evaluation.
+
+    Nor does that depend on what accelerate launch was set to.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.save(checkpoint, tmp_path / "a.pt")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a.pt"), "--data-dir", str(cifar_dir)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a.pt"), "--data-dir", str(cifar_dir), "--json"])
     evaluation.main()
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    evaluation.main()
+    assert capsys.readouterr().out == before
+
+
+def test_outputs_that_are_not_finite_are_no_result(checkpoint, cifar_dir, tmp_path, monkeypatch):
+    weights = checkpoint["model"] | {"fc.weight": torch.full_like(checkpoint["model"]["fc.weight"], 3e38)}
+    torch.save(checkpoint | {"model": weights}, tmp_path / "a.pt")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    for flags in (["--data-dir", str(cifar_dir), "--json"], [str(tmp_path / "red.png")]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a.pt"), *flags])
+        with pytest.raises(SystemExit, match=r"^evaluate\.py: \S*a\.pt: .* not finite$"):
+            evaluation.main()
+
+
+def test_another_split_than_the_runs_is_refused(checkpoint, cifar_dir, tmp_path, monkeypatch):
+    torch.save(checkpoint | {"images": {"train": 100, "val": 20}}, tmp_path / "a.pt")
+    arguments = ["evaluate.py", str(tmp_path / "a.pt"), "--data-dir", str(cifar_dir)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--split", "val"])
+    with pytest.raises(SystemExit, match="what is val now may have been trained on"):
+        evaluation.main()
+
+
+def test_only_a_checkpoint_is_required(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(SystemExit):
+        evaluation.main()
+    assert capsys.readouterr().err.endswith("the following arguments are required: checkpoint\n")
 
 
 def test_weights_that_do_not_fit_are_named(checkpoint):

@@ -65,10 +65,11 @@ def test_a_row_and_the_table_of_the_study(tmp_path):
 def test_a_finished_run_of_the_study_is_not_trained_again_nor_taken_for_another(tmp_path):
     flags = study.flags_of("both", 1, ["--compile"])
     assert "bridge='none'" in flags and flags[-1] == "--compile"
-    (tmp_path / "done.json").write_text(json.dumps(flags))
+    (tmp_path / "done.json").write_text(json.dumps([*flags, "--data-dir", str(Path("nowhere").resolve())]))
     study.train(flags, tmp_path, "nowhere")
-    with pytest.raises(ValueError, match="a run with other flags"):
-        study.train(study.flags_of("both", 1, []), tmp_path, "nowhere")
+    for others, data_dir in (study.flags_of("both", 1, []), "nowhere"), (flags, "elsewhere"):
+        with pytest.raises(ValueError, match="a run with other flags or data"):
+            study.train(others, tmp_path, data_dir)
 
 
 def test_ctrl_c_waits_until_train_py_has_saved(tmp_path):

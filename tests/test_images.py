@@ -77,6 +77,20 @@ def test_exif_orientation(tmp_path, orientation, turn):
     np.testing.assert_array_equal(read_image(tmp_path / "image.png").permute(1, 2, 0), np.rot90(rgb, turn))
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "CMYK", "RGB"])
+def test_a_turned_tiff_is_turned_pixels(tmp_path, mode):
+    """Without compression, which Pillow would map into memory."""
+    exif, image = Image.Exif(), Image.fromarray(pixels(4, 6, 3).astype(np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    image = image if mode == "I;16" else image.convert(mode)
+    image.save(tmp_path / "as-it-is.tif")
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.tif", exif=exif)
+    plain = read_image(tmp_path / "as-it-is.tif").permute(1, 2, 0)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.tif").permute(1, 2, 0), np.rot90(plain, 3))
+
+
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
 def test_first_frame_of_an_animation(tmp_path, form):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
@@ -84,17 +98,29 @@ def test_first_frame_of_an_animation(tmp_path, form):
     assert read_image(tmp_path / "image")[:, 4, 4].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("depth, top", [(2, 3), (4, 15), (16, 65535)])
-def test_a_transparent_grey_of_any_depth_lies_on_white(tmp_path, depth, top):
+def one_row_png(width: int, depth: int, colour: int, transparent: bytes, row: bytes) -> bytes:
+    """A file of one row."""
+
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    row = {2: b"\0\x1b", 4: b"\0\x01\x2f", 16: struct.pack(">B4H", 0, 0, 1, 2, 65535)}[depth]  # 0, 1, 2 and white
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, 0, 0, 0, 0)), (b"tRNS", b"\0\1"),
-              (b"IDAT", zlib.compress(row)), (b"IEND", b"")]  # fmt: skip
-    (tmp_path / "grey.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)), (b"tRNS", transparent),
+              (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks)
+
+
+@pytest.mark.parametrize("depth, top", [(2, 3), (4, 15), (16, 65535)])
+def test_a_transparent_grey_of_any_depth_lies_on_white(tmp_path, depth, top):
+    row = {2: b"\x1b", 4: b"\x01\x2f", 16: struct.pack(">4H", 0, 1, 2, 65535)}[depth]  # 0, 1, 2 and white
+    (tmp_path / "grey.png").write_bytes(one_row_png(4, depth, 0, b"\0\1", row))
     expected = [0, 255, round(2 / top * 255), 255]
     assert read_image(tmp_path / "grey.png").tolist() == [[expected]] * 3
+
+
+def test_a_transparent_colour_of_16_bits_lies_on_white(tmp_path):
+    key = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+    (tmp_path / "rgb.png").write_bytes(one_row_png(2, 16, 2, key, key + struct.pack(">3H", 0x3400, 0x7800, 0xBC00)))
+    assert read_image(tmp_path / "rgb.png")[:, 0].T.tolist() == [[255] * 3, [0x34, 0x78, 0xBC]]
 
 
 def test_16_bit_pgm(tmp_path):

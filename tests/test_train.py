@@ -603,7 +603,10 @@ def test_a_validation_loss_that_is_not_finite_names_a_checkpoint_that_is_there(r
     ],
 )
 def test_bad_arguments_are_one_line(run_train, tmp_path, flags, message, monkeypatch):
-    monkeypatch.setattr(train.datasets.CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(train.datasets, "download_and_extract_archive", no_network)
     with pytest.raises(SystemExit) as error:
         run_train(tmp_path / "run", *flags)
     assert str(error.value).startswith("train.py: ") and message in str(error.value)
