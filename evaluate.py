@@ -411,10 +411,10 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')}: for evaluating a dataset, while image files are given")
     args.split = args.split or "test"
     hide_unused_gpus()
-    accelerator = Accelerator(mixed_precision="no")  # whatever accelerate launch says
-    allow_tf32(False)
-    prepare_cpu(accelerator.device)
     try:
+        accelerator = Accelerator(mixed_precision="no")  # whatever accelerate launch says
+        allow_tf32(False)
+        prepare_cpu(accelerator.device)
         check_processes(accelerator)
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError(f"batch-size={args.batch_size}, workers={args.workers}: expected at least 1 and 0")

@@ -6,7 +6,8 @@
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py # two processes on the CPU
 
 Prints a progress bar (on a terminal) and a line an epoch. Writes to --output-dir: last.pt and the one before it,
-previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoard events.
+previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoard events; last.pt.left, what last.pt was
+before --resume of another checkpoint.
 
 A run is a function of its arguments and the number of processes: the order of samples follows from (seed, epoch), the
 crop of a file from (seed, epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate
@@ -117,7 +118,7 @@ class ModelArgs(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], option: str
     ) -> None:
-        fields = dict(getattr(namespace, self.dest) or {})  # none with a recipe that there is not
+        fields = dict(getattr(namespace, self.dest))
         for text in values:
             name, _, value = text.partition("=")
             try:
@@ -128,12 +129,12 @@ class ModelArgs(argparse.Action):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # read first: it sets the others' defaults
+    recipe.add_argument("--recipe", choices=RECIPES, default="baseline", help="the defaults of the flags below")
     parser = argparse.ArgumentParser(
-        description="Train a FishNet. Defaults are the recipe's.",
+        description="Train a FishNet. Defaults are the recipe's.", parents=[recipe], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--recipe", choices=RECIPES, default="baseline", help="the defaults of the flags below")
+    )  # fmt: skip
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=datasets.DATASETS, help="what to train on")
     group.add_argument(
@@ -178,10 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
     group.add_argument("--override", action="store_true", help="resume though flags changed that the result depends on")
     group.add_argument("--log-every", type=int, default=10, help="steps between TensorBoard points and checks")
-    # Once for the recipe alone, so that --help shows its defaults.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="baseline")
-    parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
+    parser.set_defaults(**RECIPES[recipe.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
     if args.dataset == "folder" and args.image_size is None:
         args.image_size = 224
@@ -287,7 +285,6 @@ class Run:
     writer: SummaryWriter | None = None  # on the main process
     state: RunState = dataclasses.field(default_factory=RunState)
     stop: StopSignal = dataclasses.field(default_factory=StopSignal)
-    save_seconds: float = 0.0
     data_seconds: float = 0.0  # of the epoch: waiting for images and augmenting them
     compiled: bool = False  # with --compile: once the first step is done
     skipped: int = 0  # steps in a row that fp16's loss scaler has skipped
@@ -336,7 +333,6 @@ def save(run: Run, *names: str, keep_as: str | None = "previous.pt") -> None:
     run.state.sums = run.accelerator.gather(run.sums[None]).tolist()
     if not run.accelerator.is_main_process:
         return
-    started = time.perf_counter()
     run.writer.flush()  # what a run that goes on from here does not log again
     model = run.accelerator.unwrap_model(run.model)
     checkpoint = {
@@ -358,7 +354,6 @@ def save(run: Run, *names: str, keep_as: str | None = "previous.pt") -> None:
     for name in names:
         keep = run.output_dir / keep_as if keep_as and name == "last.pt" else None
         write_atomic(run.output_dir / name, buffer.getbuffer(), keep)
-    run.save_seconds += time.perf_counter() - started
 
 
 def resumable(folder: Path) -> list[Path]:
@@ -389,25 +384,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def resume(run: Run, path: Path) -> None:
     """Continue from a checkpoint. ValueError: it is of another experiment, and --override is not given; or damaged."""
     checkpoint = load_checkpoint(path)
-    changed = [
-        f"{name.replace('_', '-')} {checkpoint['args'].get(name)} -> {getattr(run.args, name)}"
-        for name in FIXED
-        if checkpoint["args"].get(name) != getattr(run.args, name)
-    ]
     model = run.accelerator.unwrap_model(run.model)
     config = dataclasses.asdict(model.config)
-    theirs = checkpoint["config"]
-    changed += [f"{name} {theirs[name]} -> {config[name]}" for name in config if theirs[name] != config[name]]
-    there = count_images(run.data)
-    if checkpoint.get("images", there) != there:
-        changed.append(f"images {checkpoint['images']} -> {there}")
+    ours = vars(run.args) | config | {"images": count_images(run.data)}
+    theirs = checkpoint["args"] | checkpoint["config"] | {"images": checkpoint.get("images", ours["images"])}
+    changed = [
+        f"{name.replace('_', '-') if name in FIXED else name} {theirs.get(name)} -> {ours[name]}"
+        for name in (*FIXED, *config, "images")
+        if theirs.get(name) != ours[name]
+    ]
     other_classes = checkpoint["classes"] != list(run.data.classes)
     changed += ["other classes"] if other_classes else []
-    if other_classes or checkpoint["args"].get("opt") != run.args.opt:
-        way = "give its flags, --override changes neither classes nor optimizer"
-        raise ValueError(f"{path} is of another run ({', '.join(changed)}): {way}")
-    if changed and not run.args.override:
-        raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, or --override")
+    bound = other_classes or theirs.get("opt") != ours["opt"]
+    if bound or (changed and not run.args.override):
+        way = "--override changes neither classes nor optimizer" if bound else "or --override"
+        raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, {way}")
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
     try:
@@ -427,17 +418,21 @@ def resume(run: Run, path: Path) -> None:
 
 def load_state(run: Run, checkpoint: dict) -> Tensor:
     """Optimizer, scaler and RunState of a checkpoint, checked; returns its sums (processes, 3). ValueError: no fit."""
-    if checkpoint["state"].keys() != dataclasses.asdict(run.state).keys():
+    theirs, ours = ({name: type(value) for name, value in s.items()} for s in (checkpoint["state"], vars(run.state)))
+    if theirs != ours:
         raise ValueError("its numbers are not those of a RunState")
-    state = RunState(**checkpoint["state"])
+    state, steps = RunState(**checkpoint["state"]), run.steps_per_epoch
     sums = torch.tensor(state.sums, dtype=torch.float64).view(-1, 3)
-    if [type(n) for n in (state.step, state.epoch, state.best_epoch, state.best_loss)] != [int, int, int, float]:
-        raise ValueError("its numbers are not those of a RunState")
-    steps = run.steps_per_epoch
     if checkpoint.get("images") and steps != checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]:
         raise ValueError(f"--override cannot change how many steps an epoch has, which would be {steps}")
+    if 0 < state.step < state.epoch * steps:  # best.pt of an epoch that --max-steps cut: it is not done
+        state.epoch -= 1
+        state.history.pop()
+        state.best_loss, state.best_epoch = math.inf, state.epoch
     if not 0 <= state.epoch * steps <= state.step <= (state.epoch + 1) * steps:
         raise ValueError(f"step {state.step} is not in epoch {state.epoch + 1} at {steps} steps an epoch")
+    if state.step > state.epoch * steps and not sums[:, 2].sum() > 0:
+        raise ValueError("its sums are of no images")
     if len(state.history) != state.epoch or not all(isinstance(row, dict) for row in state.history):
         raise ValueError(f"{state.epoch} epochs and {len(state.history)} rows do not agree")
     groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
@@ -508,7 +503,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     bar = tqdm(
         desc=f"epoch {state.epoch + 1}", initial=first - state.epoch * steps, total=end - state.epoch * steps,
         bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix} {remaining}", ncols=79, leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr and sys.stderr.isatty()),  # it may be closed
     )  # fmt: skip
     run.model.train()
     run.data.train.epoch = None if args.augment == "none" else state.epoch  # before the workers get their copies
@@ -539,12 +534,11 @@ def train_epoch(run: Run) -> dict[str, float]:
         if shown:
             seconds = time.perf_counter() - started
             log_step(run, bar, result, lr, (state.step - first) * args.batch_size / seconds, run.data_seconds / seconds)
+        if stopped or due:
+            save(run, "last.pt")
         if stopped:
             bar.close()
-            save(run, "last.pt")
             leave_on_signal(run, stopped)
-        if due:
-            save(run, "last.pt")
     bar.close()
     seconds = time.perf_counter() - started
     loss, errors, images = accelerator.reduce(run.sums, "sum").tolist()
@@ -599,9 +593,11 @@ def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float, data_
 
     speed: images/s, data_wait: the part of the time in which data is awaited or augmented; both of the epoch so far.
     """
-    loss, errors, images = run.sums.tolist()
-    bar.set_postfix_str(f"loss {loss / images:.3f} error {errors / images:.1%} {speed:.0f} img/s")
-    loss, errors, images = run.accelerator.reduce(result, "sum").tolist()
+    both = run.accelerator.reduce(torch.stack([run.sums, result]), "sum").tolist()
+    (epoch_loss, epoch_errors, epoch_images), (loss, errors, images) = both
+    bar.set_postfix_str(
+        f"loss {epoch_loss / epoch_images:.3f} error {epoch_errors / epoch_images:.1%} {speed:.0f} img/s"
+    )
     if run.writer:
         for name, value in {
             "train/loss": loss / images, "train/top1_error": errors / images, "lr": lr, "images_per_second": speed,
@@ -611,7 +607,10 @@ def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float, data_
 
 
 def log_epoch(run: Run, row: dict[str, float], again: bool) -> None:
-    """A row of metrics.csv, the validation's curves, or what of them is not there if it is done again."""
+    """Add a row to metrics.csv and its validation to TensorBoard.
+
+    again: the evaluation is repeated, and points that are there already are not written twice.
+    """
     run.state.history.append(row)
     if not run.accelerator.is_main_process:
         return
@@ -627,7 +626,7 @@ def write_metrics(run: Run) -> None:
     """metrics.csv, of the epochs so far."""
     text = io.StringIO(newline="")
     columns = dict.fromkeys(name for row in run.state.history for name in row)
-    table = csv.DictWriter(text, list(columns))
+    table = csv.DictWriter(text, columns)
     table.writeheader()
     table.writerows(run.state.history)
     write_atomic(run.output_dir / "metrics.csv", text.getvalue().encode())
@@ -790,6 +789,38 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     return optimizer(groups, args.lr, weight_decay=args.weight_decay)
 
 
+def make_model(args: argparse.Namespace, accelerator: Accelerator, data: datasets.Data, path: Path | None) -> nn.Module:
+    """The network as it begins, its weights drawn from the seed. path: what the run goes on from.
+
+    ValueError or OSError: something the user gave is wrong.
+    """
+    torch.manual_seed(args.seed)
+    model = create_model(args.model, num_classes=len(data.classes), **args.model_args)
+    if model.config.in_channels != 3:
+        raise ValueError(f"model-args in_channels={model.config.in_channels}: expected 3, the images' channels")
+    if (side := args.image_size) is not None:
+        stride, most = model.config.stride, 2**14
+        if not stride <= side <= most or side % stride:
+            what = f"expected a multiple of {stride}, the stride of {args.model}, up to {most}"
+            raise ValueError(f"image-size={side}: {what}")
+        if side > 112 and model.config.stem_stride == 1:
+            others = "the *_imagenet networks and --model-args stem_stride=4 have smaller ones"
+            accelerator.print(f"{args.model} keeps maps of {side} x {side}, which is slow; {others}")
+    model = model.to(memory_format=torch.channels_last)
+    if args.zero_init_last:
+        zero_init_last(model)
+    if args.pretrained and path:
+        accelerator.print(f"{args.pretrained}: not read, since the run goes on from {path}")
+    elif args.pretrained:
+        accelerator.print(load_pretrained(model, args.pretrained))
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
+    if args.compile:
+        alone = accelerator.num_processes == 1 and args.grad_accum_steps == 1
+        compile_in_place(model, accelerator.device, graphs=alone)
+    return model
+
+
 def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     """Everything from the arguments. ValueError or OSError: something the user gave is wrong."""
     check_args(args, accelerator)
@@ -810,28 +841,7 @@ def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     if path == "auto":  # the main process chooses, since it may also rename
         path = broadcast_object_list([newest_checkpoint(output_dir) if accelerator.is_main_process else None])[0]
 
-    torch.manual_seed(args.seed)
-    model = create_model(args.model, num_classes=len(data.classes), **args.model_args)
-    if model.config.in_channels != 3:
-        raise ValueError(f"model-args in_channels={model.config.in_channels}: expected 3, the images' channels")
-    stride = model.config.stride
-    if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
-        raise ValueError(f"image-size={args.image_size}: expected a multiple of {stride}, the stride of {args.model}")
-    if args.image_size is not None and args.image_size > 112 and model.config.stem_stride == 1:
-        others = "the *_imagenet networks and --model-args stem_stride=4 have smaller ones"
-        accelerator.print(f"{args.model} keeps maps of {args.image_size} x {args.image_size}, which is slow; {others}")
-    model = model.to(memory_format=torch.channels_last)
-    if args.zero_init_last:
-        zero_init_last(model)
-    if args.pretrained and path:
-        accelerator.print(f"{args.pretrained}: not read, since the run goes on from {path}")
-    elif args.pretrained:
-        accelerator.print(load_pretrained(model, args.pretrained))
-    if args.checkpoint_activations:
-        checkpoint_activations(model)
-    if args.compile:
-        alone = accelerator.num_processes == 1 and args.grad_accum_steps == 1
-        compile_in_place(model, accelerator.device, graphs=alone)
+    model = make_model(args, accelerator, data, path)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
 
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -870,11 +880,11 @@ def run_epochs(run: Run) -> None:
         if not again:
             save(run, "last.pt")  # whatever becomes of the evaluation; and from inside an epoch a longer run goes on
         state.epoch += 1
-        run.sums.zero_()
+        if whole:
+            run.sums.zero_()
         val = None
         if len(data.val):
-            for buffer in run.model.buffers():
-                broadcast(buffer)  # batch norm's statistics are each process's own: all judge the model that is saved
+            broadcast(list(run.model.buffers()))  # batch norm's statistics are each process's own: judge what is saved
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers)
             if not math.isfinite(val.loss):
                 before = run.output_dir / "previous.pt"
@@ -885,8 +895,8 @@ def run_epochs(run: Run) -> None:
         better = (whole or math.isinf(state.best_loss)) and (not val or val.loss < state.best_loss)
         if better:
             state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
-        if names := [name for name, due in (("best.pt", better), ("last.pt", whole)) if due]:
-            save(run, *names)
+        if better or whole:
+            save(run, *["best.pt"] * better, *["last.pt"] * whole)
         run.accelerator.print(epoch_line(row, run.args.epochs), flush=True)  # all is saved if its reader has left
         if number := run.stop.agreed(run.accelerator):
             leave_on_signal(run, number)  # all is saved
@@ -900,13 +910,14 @@ def raised_in_thread(hook: threading.ExceptHookArgs) -> None:
 
 def main() -> None:
     args = parse_args()
-    accelerator = make_accelerator(args)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
+        accelerator = make_accelerator(args)
         run = make_run(args, accelerator)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, *advice(args, accelerator.num_processes))}")
+        sys.exit(f"train.py: {explain(error, *advice(args, processes))}")
     run.stop.listen()
     state, data = run.state, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -916,7 +927,7 @@ def main() -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.mixed_precision}, "
         f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}"
     )
-    started, at_its_end = time.perf_counter(), finished(run)
+    at_its_end = finished(run)
     try:
         with workers_released():
             run_epochs(run)
@@ -925,7 +936,7 @@ def main() -> None:
     except (OSError, datasets.ImageFileError) as error:
         sys.exit(f"train.py: {error}. What was saved before is whole; {go_on(args)}.")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, *advice(args, accelerator.num_processes))}")
+        sys.exit(f"train.py: {explain(error, *advice(args, processes))}")
     finally:
         if run.lock:
             run.lock.close()
@@ -936,7 +947,7 @@ def main() -> None:
         accelerator.print("the run was at its end: nothing was left to do")
     else:
         best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
-        accelerator.print(f"{best}; saving took {run.save_seconds / (time.perf_counter() - started):.2%} of the time")
+        accelerator.print(best)
         if best_file.exists() and (len(data.test) or len(data.val)):
             split = "" if len(data.test) else " --split val"
             accelerator.print(f"python evaluate.py {shlex.quote(str(best_file))}{split}")

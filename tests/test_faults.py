@@ -121,6 +121,9 @@ def test_a_changed_checkpoint_is_refused(run_train, tmp_path, monkeypatch):
         lambda c: c["state"].update(step="five"),
         lambda c: c["state"].pop("sums"),
         lambda c: c["state"].update(other=1),
+        lambda c: c["state"].update(sums=[[0.0, 0.0, 0.0]]),
+        lambda c: c["state"].update(sums=[]),
+        lambda c: c["state"].update(epoch=5),
         lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)),
         lambda c: c["optimizer"].update(param_groups=[]),
         lambda c: c.update(optimizer=None),
@@ -133,6 +136,31 @@ def test_a_changed_checkpoint_is_refused(run_train, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_state", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(SystemExit, match=r"^train\.py: out of memory: try "):  # whose fault is not the checkpoint's
         run_train(tmp_path / "refused", *flags, "--resume", str(trained))
+
+
+def test_what_max_steps_left_as_the_best_goes_on(run_train, tmp_path):
+    """The best of an epoch that is not done, where last.pt was damaged."""
+    run_train(tmp_path / "whole", "--epochs", "2")
+    run_train(tmp_path / "run", "--epochs", "2", "--max-steps", "4")  # of 6 steps an epoch
+    (tmp_path / "run" / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=r"or --resume \S+/best\.pt$"):
+        run_train(tmp_path / "run", "--epochs", "2", "--resume", "auto")
+    out = run_train(tmp_path / "run", "--epochs", "2", "--resume", str(tmp_path / "run" / "best.pt"))
+    assert "at step 4, epoch 1" in out
+    whole, run = (load(tmp_path / name / "last.pt") for name in ("whole", "run"))
+    assert_same(whole, run)
+
+
+def test_without_a_stderr_there_is_no_bar_to_draw(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2")
+    assert load(tmp_path / "run" / "last.pt")["state"]["step"] == 2
+
+
+def test_what_accelerate_cannot_do_is_one_line(run_train, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SystemExit, match=r"^train\.py: .*fp8"):
+        run_train(tmp_path / "run")
 
 
 def test_a_second_signal_while_the_program_ends_is_no_traceback():

@@ -279,7 +279,7 @@ def test_resume_inside_an_epoch_is_exact(run_folder, photos, tmp_path):
     assert_same(load(tmp_path / "whole" / "last.pt"), load(tmp_path / "parts" / "last.pt"))
 
 
-@pytest.mark.parametrize("size", ["40", "8", "0", "-16"])
+@pytest.mark.parametrize("size", ["40", "8", "0", "-16", "8589934592"])
 def test_image_size_must_suit_the_model(run_folder, photos, size):
     with pytest.raises(SystemExit, match=f"^train.py: image-size={size}: expected a multiple of 16, the stride"):
         run_folder(photos, "run", "--image-size", size)
