@@ -5,7 +5,7 @@
 
 Scenes are drawn from a seed: one to three of the ten figures of data.py on a noisy ground; they may overlap. Prints the
 box and mask average precision at IoU 0.5 on held-out scenes; --picture draws what the first backbone finds in them.
-Both see the same scenes; the default number took 20 minutes for each on a core of its own.
+Both see the same scenes; the default number took about 20 minutes for each on a core of its own.
 """
 
 import argparse
