@@ -19,10 +19,12 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 
-# Each process of pytest-xdist on a core of its own: threads of two programs that share cores wait for one another.
+# Each process of pytest-xdist on a core of its own: threads of two programs that share cores wait for one another. And
+# one thread is what the programs that tests start have on a core: other numbers of threads are other last bits.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-if CORES and "PYTEST_XDIST_WORKER" in os.environ:
-    os.sched_setaffinity(0, {CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(CORES)]})
+if CORES:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {CORES[worker % len(CORES)]})
     torch.set_num_threads(1)
 
 

@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import shlex
+import shutil
+import sys
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -11,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, start_python
 from detect_figures import draw_scene
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 
+import data
+import evaluate
+import flops
+import train
 from fishnet import AUTHORS_NAMES, PYTORCHCV_NAMES, FishNetFPN, create_model, load_pretrained, rename
 
 # ------------------------------------------------------------------------------------------------ names of other files
@@ -184,8 +191,10 @@ def test_another_number_of_classes_drops_the_classifier_alone(own):
         (lambda state: state.update({"fc.weight": state["fc.weight"].to_sparse()}), "fc.weight is "),
         (lambda state: state.update({"fc.weight": torch.zeros(10, 7)}), r"fc.weight is \(10, 7\)"),
         (lambda state: state.update({"fc.weight": torch.zeros(10, 7, 2, 2)}), r"fc.weight is \(10, 7, 2, 2\)"),
-        (lambda state: state.update({"fc.weight": torch.zeros(7).as_strided((10, 7, 10**6, 10**6), (0, 1, 0, 0))}),
-         r"fc.weight is \(10, 7, 1000000, 1000000\)"),  # a small file
+        (
+            lambda state: state.update({"fc.weight": torch.zeros(7).as_strided((10, 7, 10**6, 10**6), (0, 1, 0, 0))}),
+            r"fc.weight is \(10, 7, 1000000, 1000000\)",
+        ),  # a small file
         (lambda state: state.update({"module.fc.weight": state["fc.weight"]}), "fc.weight is in it twice"),
         (lambda state: [state.pop(key) for key in list(state)[9:]], "; and [0-9]+ more$"),
         (lambda state: state.update({"module.other": torch.zeros(1)}), "module.other is not the model's"),
@@ -287,6 +296,40 @@ def test_what_the_readme_shows_runs_and_has_its_sizes():
     assert names["pixels"].shape == (2, 21, 224, 224)
 
 
+def test_the_readmes_commands_of_train_py_have_its_flags():
+    text, parsed = (ROOT / "README.md").read_text().replace("\\\n", " "), 0
+    for line in "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines():
+        program, _, flags = line.partition("train.py ")
+        if flags and "$" not in line and "examples/" not in program:
+            train.parse_args(shlex.split(flags.partition('"')[0], comments=True))
+            parsed += 1
+    assert parsed >= 8
+
+
+@pytest.mark.parametrize("program", [train, evaluate, data, flops])
+def test_help(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith(f"usage: {program.__name__}.py ")
+    if program is train:
+        assert all(f"--{name.replace('_', '-')}" in out for name in vars(train.parse_args([])))
+
+
+def test_fishnet_py_needs_no_other_file(tmp_path):
+    shutil.copy(ROOT / "fishnet.py", tmp_path)
+    process = start_python(1, "-c", "import fishnet; print(fishnet.__file__)", cwd=tmp_path)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and str(tmp_path) in out, out
+
+
+def test_the_tiny_network_for_photos_is_as_cheap_as_the_readme_says():
+    with torch.device("meta"):
+        model = create_model("fishnet_tiny", stem_stride=4)
+    assert round(flops.count(model, 224).macs / 1e6) == 575
+
+
 @pytest.mark.parametrize("name", ["fishnet_tiny", "fishnet99_imagenet", "resnet50"])
 def test_pyramid_keeps_torchvisions_contract(name):
     model = create_model(name, **({} if name == "fishnet_tiny" else {"channels": (16, 32, 64, 128)}))
@@ -317,7 +360,9 @@ def test_a_detector_trains_and_detects():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(p.grad is not None for p in backbone.fpn.parameters())
+    unused = {name for name, p in backbone.named_parameters() if p.grad is None}
+    assert unused == {"model.fc.weight", "model.head.3.resample.0.weight", "model.head.3.resample.0.bias"}
+    assert all(p.requires_grad == (name not in unused) for name, p in backbone.named_parameters())
     with torch.no_grad():
         found = model.eval()(list(images))
     for detections in found:

@@ -32,10 +32,10 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
     process = start_train(cifar_dir, tmp_path / "run", "--epochs", "1000")
     wait_for(process, "steps an epoch")
-    time.sleep(2)
+    time.sleep(0.5)
     process.send_signal(number)
     process.send_signal(number)  # an impatient user
-    out = process.communicate(timeout=10)[0]
+    out = process.communicate(timeout=60)[0]
     assert process.returncode == code and "Traceback" not in out
     step = load(tmp_path / "run" / "last.pt")["state"]["step"]
     go_on = f"go on with the same command and --output-dir {tmp_path}/run --resume auto"
@@ -45,13 +45,28 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
 def test_two_processes_stop_at_the_same_step(cifar_dir, tmp_path):
     process = start_train(cifar_dir, tmp_path / "run", "--epochs", "1000", processes=2)
     wait_for(process, "steps an epoch")
-    time.sleep(2)
+    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=30)[0]
     state = load(tmp_path / "run" / "last.pt")["state"]
     assert f"SIGTERM: saved step {state['step']}" in out
     done = state["step"] - 6 * state["epoch"]
     assert [sums[2] for sums in state["sums"]] == [16 * done, 16 * done]  # images that each process has seen
+
+
+def test_a_signal_to_one_process_stops_all_and_gpus_are_seldom_asked():
+    stop, other = train.StopSignal(), torch.tensor([signal.SIGTERM])
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=lambda mine: torch.cat([mine, other]))
+    assert stop.agreed(two) == stop.agreed(two, wait=False) == signal.SIGTERM
+    assert stop.agreed(SimpleNamespace(num_processes=2, device=torch.device("cuda")), wait=False) == 0
+
+
+def test_a_signal_saves_nothing_that_is_not_finite(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
+    monkeypatch.setattr(train.StopSignal, "agreed", lambda *_: signal.SIGTERM)
+    with pytest.raises(SystemExit, match="its gradient is not finite at step 1"):
+        run_train(tmp_path / "run", "--epochs", "1")
+    assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def test_a_run_killed_five_times_ends_as_one_that_was_not(cifar_dir, tmp_path, run_train):

@@ -303,6 +303,13 @@ def test_weights_at_the_start():
     assert model.fc.bias is None and create_model("resnet50").fc.bias is not None
 
 
+def test_weights_of_the_papers_networks_at_the_start():
+    for module in create_model("fishnet99_imagenet").modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.numel() > 10_000:
+            outputs = module.weight[:, 0].numel()  # k^2 times the output channels
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / outputs), rel=0.05)
+
+
 # -------------------------------------------------------------------------------------------------- errors of the user
 
 

@@ -216,9 +216,12 @@ def test_validation_pixels_are_torchvisions_resize_and_centre_crop(photos, size,
             assert torch.equal(images[index][0], v2.CenterCrop(size)(resized))
 
 
-def test_a_line_of_pixels_does_not_fill_the_memory(tmp_path):
-    draw(tmp_path / "line.png", height=1, width=30_000)
+def test_a_line_of_pixels_does_not_fill_the_memory(tmp_path, monkeypatch):
+    draw(tmp_path / "line.png", height=1, width=3_000)
+    resized, resize = [], data.TF.resize
+    monkeypatch.setattr(data.TF, "resize", lambda *a, **k: resized.append(resize(*a, **k)) or resized[-1])
     assert data.centre_crop(data.read_image(tmp_path / "line.png"), 224).shape == (3, 224, 224)
+    assert max(resized[0].shape) == 8 * 256
 
 
 def test_augmentation_on_the_device_has_imagenets_colours(photos):
@@ -277,6 +280,20 @@ def test_resume_inside_an_epoch_is_exact(run_folder, photos, tmp_path):
         run_folder(photos, "parts", *flags, "--resume", "auto", "--image-size", "64")
     run_folder(photos, "parts", "--epochs", "2", "--resume", "auto")  # and without workers
     assert_same(load(tmp_path / "whole" / "last.pt"), load(tmp_path / "parts" / "last.pt"))
+
+
+def test_a_runs_crops_are_its_epochs(run_folder, photos, monkeypatch):
+    read, seen = data.FolderSet.__getitems__, []
+
+    def noted(images, indices):
+        seen.append((len(images), images.epoch))
+        return read(images, indices)
+
+    monkeypatch.setattr(data.FolderSet, "__getitems__", noted)
+    for augment, epochs in (("slides", {0, 1}), ("none", {None})):
+        seen.clear()
+        run_folder(photos, augment, "--epochs", "2", "--augment", augment)
+        assert set(seen) == {(24, epoch) for epoch in epochs} | {(9, None)}  # in training, and in validation
 
 
 @pytest.mark.parametrize("size", ["40", "8", "0", "-16", "8589934592"])

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from conftest import CORES, ROOT, SMALL, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -23,6 +25,7 @@ import data
 import evaluate
 import train
 from evaluate import Metrics
+from fishnet import create_model, zero_init_last
 
 
 def load(path: Path) -> dict:
@@ -98,6 +101,8 @@ def test_baseline_is_the_slides_experiment():
         train.parse_args(["--model-args", "k=4", "--recipe", "no such recipe"])
     strong = train.parse_args(["--recipe", "strong"])
     assert (strong.opt, strong.lr, strong.weight_decay) == ("muon", 0.05, 0.01)
+    names = "epochs", "batch_size", "val_fraction", "augment", "sched", "warmup_epochs", "smoothing", "zero_init_last"
+    assert [getattr(strong, name) for name in names] == [30, 256, 0.1, "standard", "cosine", 2, 0.1, True]
     # a tenth every 30 epochs
     rates = [train.learning_rate(args, epoch * 156, 156) for epoch in (0, 29, 30, 59, 60, 99)]
     np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-5])
@@ -258,7 +263,7 @@ def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
     assert norms == {"gradient_norm/tail", "gradient_norm/head"}
 
 
-@pytest.mark.parametrize("opt", ["sgd", "adam", "adamw", "muon", "sgd --mixed-precision bf16"])
+@pytest.mark.parametrize("opt", ["adam", "adamw", "muon", "sgd --mixed-precision bf16"])
 def test_resume_after_max_steps_is_exact(run_train, tmp_path, opt, steps=9):  # in the middle of an epoch
     flags = "-b", "32", "--epochs", "3", "--opt", *opt.split()
     run_train(tmp_path / "whole", *flags)
@@ -283,6 +288,48 @@ def test_resume_from_every_step_is_exact(run_train, tiny_dir, tmp_path, monkeypa
         out = run_train(tmp_path / f"run-{step}", *flags, "--workers", workers, "--resume", "auto")
         assert f"at step {step}," in out
         assert_same(expected, outcome(tmp_path / f"run-{step}"))
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adam"])
+def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
+    """Written straight down: 12 steps, whose order, draws, rates and gradients are those of their epoch and step."""
+    flags = ["--epochs", "2", "--seed", "3", "--augment", "slides", "--smoothing", "0.1", "--clip-grad", "1"]
+    run_train(tmp_path / "run", *flags, "--opt", opt)
+    args, loaded = train.parse_args(SMALL), data.load_data("cifar10", cifar_dir, 0.2, 3)
+    torch.manual_seed(3)
+    model = create_model("fishnet_tiny", **args.model_args).to(memory_format=torch.channels_last)
+    zero_init_last(model)
+    if opt == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), 1.0, 0.9, weight_decay=5e-4, nesterov=True)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), 1.0, weight_decay=5e-4)
+    transform = data.BatchTransform(loaded.mean, loaded.std, data.train_transforms("slides", loaded.train))
+    losses, norms = [], {part: {} for part in ("tail", "body", "head")}
+    for step in range(12):
+        epoch, i = divmod(step, 6)  # 192 images in batches of 32
+        order = torch.randperm(192, generator=data.seeded_generator(3, epoch))[32 * i : 32 * i + 32]
+        images = transform(loaded.train.images[order], data.seeded_generator(3, epoch, step, 0))
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, loaded.train.labels[order], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        for part, names in {"tail": ("stem", "tail"), "body": ("body",), "head": ("head", "pool", "fc")}.items():
+            squares = [p.grad.square().sum() for n, p in model.named_parameters() if n.split(".")[0] in names]
+            norms[part][step + 1] = sum(squares).sqrt().item()
+        nn.utils.clip_grad_norm_(model.parameters(), 1)
+        rate = (step + 1) / 4 if step < 3 else 0.5 * (1 + np.cos(np.pi * (step - 3) / 9))  # 3 steps of warm-up
+        optimizer.param_groups[0]["lr"] = 0.02 * rate
+        optimizer.step()
+        losses.append(loss.item())
+    last = load(tmp_path / "run" / "last.pt")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(last["model"][name], parameter.detach(), rtol=0, atol=1e-6, msg=name)
+    found = [row["train_loss"] for row in last["state"]["history"]]
+    assert found == pytest.approx([np.mean(losses[:6]), np.mean(losses[6:])], rel=1e-5)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    for part, expected in norms.items():
+        points = {event.step: event.value for event in events.Scalars(f"gradient_norm/{part}")}
+        assert points == pytest.approx({step: expected[step] for step in range(2, 13, 2)}, rel=1e-4)
 
 
 def test_two_processes_train_like_one(cifar_dir, run_train, tmp_path):
@@ -588,6 +635,8 @@ def test_a_validation_loss_that_is_not_finite_names_a_checkpoint_that_is_there(r
         (["--lr", "-1"], "lr=-1.0: expected at least 0"),
         (["--lr", "nan"], "lr=nan"),
         (["--smoothing", "1"], "smoothing=1.0"),
+        (["-b", "1"], "batch-size=1: expected at least 2 images"),
+        (["--warmup-epochs", "5"], "warmup-epochs=5.0: expected less than epochs=5"),
         (["--val-fraction", "1"], "val-fraction=1.0"),
         (["--mixed-precision", "fp16"], "mixed-precision=fp16: a CPU has none"),
         (["--mixed-precision", "tf32"], "mixed-precision=tf32: a CPU has none"),
@@ -618,6 +667,53 @@ def test_resume_of_a_checkpoint_that_is_not_there_makes_no_folder(tmp_path, monk
     with pytest.raises(SystemExit, match="no such checkpoint"):
         train.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_names_its_folder_and_a_checkpoint_is_enough_to_go_on_there(cifar_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["train.py", *SMALL, "--data-dir", str(cifar_dir), "--epochs", "2"]
+    monkeypatch.setattr(sys, "argv", [*flags, "--max-steps", "1"])
+    train.main()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"fishnet_tiny-cifar10-\d{8}-\d{6}", folder.name)
+    folder = folder.rename(tmp_path / "moved")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(sys, "argv", [*flags, "--max-steps", "2", "--resume", str(folder / "last.pt")])
+    train.main()
+    assert load(folder / "last.pt")["state"]["step"] == 2 and not list((tmp_path / "runs").iterdir())
+
+
+def test_accelerate_launch(cifar_dir, tmp_path):
+    flags = [*SMALL, "--data-dir", cifar_dir, "--output-dir", tmp_path / "run", "--max-steps", 1]
+    process = start_python(1, "-m", "accelerate.commands.launch", "train.py", *flags)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and (tmp_path / "run" / "best.pt").exists(), out
+
+
+@pytest.mark.parametrize("flags, graphs", [([], True), (["--grad-accum-steps", "2"], False)])
+def test_graphs_are_for_one_process_and_whole_batches(run_train, tmp_path, monkeypatch, flags, graphs):
+    seen = []
+    monkeypatch.setattr(train, "compile_in_place", lambda model, device, graphs: seen.append(graphs))
+    run_train(tmp_path / "run", "--max-steps", "1", "--compile", *flags)
+    assert seen == [graphs]
+
+
+def test_a_gpu_would_be_deterministic_and_round_only_where_it_may(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    for precision, tf32 in (("tf32", True), ("no", False)):
+        args = train.parse_args(["--mixed-precision", precision])
+        train.make_accelerator(args)
+        assert args.mixed_precision == precision and torch.backends.cudnn.deterministic
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (tf32, tf32)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_save_is_on_the_disk_before_it_gets_its_name_and_then_its_name_is(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("replace"), replace(old, new)))
+    train.write_atomic(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]
 
 
 def test_output_dir_with_a_run_is_not_overwritten(run_train, tmp_path):
