@@ -11,6 +11,11 @@ are read. Nothing random has a state: the order of an epoch follows from (seed, 
 epoch, index), a batch's augmentation from (seed, epoch, step, shard), so a run can continue at any step.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C in them is no traceback
+
 import argparse
 import contextlib
 import errno
@@ -19,7 +24,6 @@ import os
 import pickletools
 import re
 import shlex
-import signal
 import socket
 import sys
 import time
@@ -71,7 +75,10 @@ CENTRE_RATIO = 0.875  # of a folder's images: the part of the short side that va
 
 
 class ImageSet(Dataset):
-    """Images uint8 (N, 3, H, W) and labels int64 (N,) in memory; a list of indices gives a whole batch at once."""
+    """Images uint8 (N, 3, H, W) in memory and labels int64 (N,); a list of indices gives a whole batch at once.
+
+    What a loader and the loop need of any set: its length, `labels`, `epoch`, a batch by its indices, `collate`.
+    """
 
     epoch: int | None = None  # FolderSet crops by it; whole images are cropped later, by the batch
 
@@ -710,7 +717,7 @@ class EpochBatches:
 def seeded_generator(*entropy: int) -> torch.Generator:
     """A CPU generator that depends on all the numbers, e.g. (seed, epoch, step, shard), and on how many they are.
 
-    Numbers below 2**32, that is: a larger one counts as two.
+    Distinct for numbers below 2**32: a larger one counts as two.
     """
     sequence = np.random.SeedSequence((len(entropy), *entropy))  # by itself it takes (1, 2) and (1, 2, 0, 0) as equal
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))

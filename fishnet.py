@@ -824,13 +824,18 @@ def rename(name: str, table: tuple) -> str:
     return name
 
 
+def shown(name: object) -> str:
+    """What a file calls something, which can be anything, as part of one line."""
+    return repr(str(name))[1:-1][:200]
+
+
 def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, str] | None = None) -> None:
     """ValueError, naming the weights and their faults: `found` is no state_dict of the model with finite values.
 
     names: what weights of `found` are called in the file that they come from.
     """
     expected = model.state_dict()
-    labels = {name: repr((names or {}).get(name, name))[1:-1][:200] for name in found}  # a file may call them anything
+    labels = {name: shown((names or {}).get(name, name)) for name in found}
     faults = [f"{name} is missing" for name in expected.keys() - found.keys()]
     faults += [f"{labels[name]} is not the model's" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
@@ -844,8 +849,8 @@ def check_weights(model: nn.Module, found: dict, where: str, names: dict[str, st
         elif not found[name].isfinite().all():
             faults.append(f"{label} is not finite")
     if faults:
-        shown = "; ".join(sorted(faults)[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {shown}")
+        text = "; ".join(sorted(faults)[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise ValueError(f"{where}: {len(faults)} of its weights do not fit the model: {text}")
 
 
 def is_archive(path: Path) -> bool:
@@ -912,22 +917,28 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     Takes a state_dict or a dict that holds one as "state_dict" or "model", from any device, with a prefix "module."
     or without, and runs no code of the file. A classifier for another number of classes stays as it is made, and
     the line says so, as it does where a checkpoint is of a network with other fields. ValueError or OSError, naming
-    the file: anything else that does not fit; the model is then unchanged.
+    the file: anything else that does not fit; MemoryError or torch's RuntimeError: too little memory. The model is then
+    unchanged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-    reason = "damaged"
     try:  # files from before PyTorch 1.6 are no archives, and have no checksums
         file = checked_copy(path) if is_archive(path) else path
-        reason = "not a file of weights that torch.load(weights_only=True) reads"
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except Exception as error:  # zipfile raises many kinds for a damaged file
+        raise ValueError(f"{path}: damaged ({error})") from None
+    try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise many kinds, torch's with advice that would run a file's code
-        if out_of_memory(error):
-            raise
+    except Exception as error:  # torch raises many kinds, with advice that would run a file's code
+        if out_of_memory(error) and file is not path:
+            raise  # while an old file may claim any size
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
-        raise ValueError(f"{path}: {reason}" + (f" ({error})" if reason == "damaged" else "")) from None
+        raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) reads") from None
     where = f"{path}{made_otherwise(content, model)}"
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -946,7 +957,7 @@ def load_pretrained(model: FishNet | ResNet, path: str | Path) -> str:
     names = {rename(name, tables): theirs for name, theirs in plain.items()}
     if len(names) < len(content):
         twice, *_ = content.keys() - names.values()
-        raise ValueError(f"{path}: {twice} is in it twice, under two names")
+        raise ValueError(f"{path}: {shown(twice)} is in it twice, under two names")
     found = {name: content[theirs] for name, theirs in names.items()}
 
     expected = model.state_dict()

@@ -51,6 +51,11 @@ Sources: [P] the paper, arXiv 1901.03495; [S] the slides of S. H. Kim, github.co
 GFLOP and 3.00 M parameters for ResNet50; 2.53 GFLOP, 17.92 M and 99 layers for FishNet99.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C in them is no traceback
+
 import argparse
 import copy
 import importlib
@@ -59,7 +64,6 @@ import json
 import multiprocessing
 import re
 import resource
-import signal
 import sys
 import textwrap
 import time
@@ -519,6 +523,7 @@ def main() -> None:
         text = f"one or several (default: {values[0]})"
         group.add_argument(f"--{flag.replace('_', '-')}", nargs="*", choices=values, default=values[:1], help=text)
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # now there may be processes to end
     try:
         for name in ("train", "batch_size", "rounds", "device", *FLAGS):
             if not args.time and getattr(args, name) != parser.get_default(name):

@@ -395,9 +395,9 @@ def resume(run: Run, path: Path) -> None:
     ]
     other_classes = checkpoint["classes"] != list(run.data.classes)
     changed += ["other classes"] if other_classes else []
-    bound = other_classes or theirs.get("opt") != ours["opt"]
-    if bound or (changed and not run.args.override):
-        way = "--override changes neither classes nor optimizer" if bound else "or --override"
+    unlike = other_classes or theirs.get("opt") != ours["opt"]
+    if unlike or (changed and not run.args.override):
+        way = "--override changes neither classes nor optimizer" if unlike else "or --override"
         raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, {way}")
     check_weights(model, checkpoint["model"], str(path))
     model.load_state_dict(checkpoint["model"])
@@ -895,8 +895,9 @@ def run_epochs(run: Run) -> None:
         better = (whole or math.isinf(state.best_loss)) and (not val or val.loss < state.best_loss)
         if better:
             state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
-        if better or whole:
-            save(run, *["best.pt"] * better, *["last.pt"] * whole)
+        names = (["best.pt"] if better else []) + (["last.pt"] if whole else [])
+        if names:
+            save(run, *names)
         run.accelerator.print(epoch_line(row, run.args.epochs), flush=True)  # all is saved if its reader has left
         if number := run.stop.agreed(run.accelerator):
             leave_on_signal(run, number)  # all is saved
@@ -910,9 +911,10 @@ def raised_in_thread(hook: threading.ExceptHookArgs) -> None:
 
 def main() -> None:
     args = parse_args()
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = 1
     try:
         accelerator = make_accelerator(args)
+        processes = accelerator.num_processes
         run = make_run(args, accelerator)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")

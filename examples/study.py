@@ -184,7 +184,8 @@ def main() -> None:
         mine = "--model", "--model-args", "--dataset", "--recipe", "--seed", "--data-dir", "--output-dir", "--resume"
         for flag in mine:
             if any(word.partition("=")[0] == flag for word in args.flags):
-                raise ValueError(f"{flag}: this program chooses it; for other networks write other VARIANTS")
+                way = 'give it before "--"' if flag in ("--data-dir", "--output-dir") else "this program chooses it"
+                raise ValueError(f"{flag}: {way}")
         if args.picture and not args.picture.endswith(".png"):
             raise ValueError(f"picture={args.picture}: expected a name that ends in .png")
         for out in filter(None, (args.csv, args.picture)):

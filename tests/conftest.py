@@ -19,13 +19,20 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 
-# Each process of pytest-xdist on a core of its own: threads of two programs that share cores wait for one another. And
-# one thread is what the programs that tests start have on a core: other numbers of threads are other last bits.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-if CORES:
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {CORES[worker % len(CORES)]})
-    torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each process of pytest-xdist on a core of its own: threads of two programs that share cores wait for one another.
+
+    And pytest by itself on the first: the programs that tests start have as many threads as it has, and so the same
+    last bits.
+    """
+    worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
+    starts_workers = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
+    if CORES and not starts_workers:  # what they inherit would be one core for all
+        os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
+        torch.set_num_threads(1)
 
 
 # TensorBoard reads a folder's files in the order of their names, which end with a count: 9 would come after 10.

@@ -195,6 +195,11 @@ def test_another_number_of_classes_drops_the_classifier_alone(own):
             lambda state: state.update({"fc.weight": torch.zeros(7).as_strided((10, 7, 10**6, 10**6), (0, 1, 0, 0))}),
             r"fc.weight is \(10, 7, 1000000, 1000000\)",
         ),  # a small file
+        (
+            lambda state: state.update({5: torch.zeros(1), 12345: torch.zeros(1)}),
+            "12345 is not .*; 5 is not the model's$",
+        ),
+        (lambda state: state.update({"a\n": torch.zeros(1), "module.a\n": torch.zeros(1)}), r": a\\n is in it twice"),
         (lambda state: state.update({"module.fc.weight": state["fc.weight"]}), "fc.weight is in it twice"),
         (lambda state: [state.pop(key) for key in list(state)[9:]], "; and [0-9]+ more$"),
         (lambda state: state.update({"module.other": torch.zeros(1)}), "module.other is not the model's"),
@@ -271,6 +276,12 @@ def test_a_file_that_is_none_or_runs_code_is_refused(tmp_path):
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"file\.pt: damaged \(Bad CRC-32 for file 'file/data/[0-9]+'\)"):
         load_pretrained(model, tmp_path / "file.pt")
+    torch.save({"weight": torch.zeros(6)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "old.pt").write_bytes(content.replace(b"q\6K\6N", b"q\6\x8a\7" + (2**50).to_bytes(7, "little") + b"N"))
+    assert (tmp_path / "old.pt").read_bytes() != content
+    with pytest.raises(ValueError, match=r"old\.pt: not a file of weights"):  # which claims to need 4 PB
+        load_pretrained(model, tmp_path / "old.pt")
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match=r"text\.pt: not a file of weights"):
         load_pretrained(model, tmp_path / "text.pt")
