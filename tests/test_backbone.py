@@ -199,7 +199,7 @@ def test_another_number_of_classes_drops_the_classifier_alone(own):
             lambda state: state.update({5: torch.zeros(1), 12345: torch.zeros(1)}),
             "12345 is not .*; 5 is not the model's$",
         ),
-        (lambda state: state.update({"a\n": torch.zeros(1), "module.a\n": torch.zeros(1)}), r": a\\n is in it twice"),
+        (lambda state: state.update({"a\n": torch.zeros(1), "module.a\n": torch.zeros(1)}), r"a\\n is in it twice"),
         (lambda state: state.update({"module.fc.weight": state["fc.weight"]}), "fc.weight is in it twice"),
         (lambda state: [state.pop(key) for key in list(state)[9:]], "; and [0-9]+ more$"),
         (lambda state: state.update({"module.other": torch.zeros(1)}), "module.other is not the model's"),
