@@ -108,6 +108,12 @@ def test_baseline_is_the_slides_experiment():
     np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-5])
 
 
+def test_a_home_in_a_flag_is_the_users(monkeypatch):
+    """A shell leaves the ~ of --data-dir=~/data as it is; torchvision would download to one place and look in another."""
+    monkeypatch.setenv("HOME", "/home/user")
+    assert train.parse_args(["--data-dir=~/data"]).data_dir == "/home/user/data"
+
+
 def test_cosine_with_warmup():
     args = train.parse_args(["--sched", "cosine", "--epochs", "10", "--warmup-epochs", "2", "--lr", "0.4"])
     rates = [train.learning_rate(args, step, 5) for step in range(50)]
