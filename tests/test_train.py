@@ -109,7 +109,7 @@ def test_baseline_is_the_slides_experiment():
 
 
 def test_a_home_in_a_flag_is_the_users(monkeypatch):
-    """A shell leaves the ~ of --data-dir=~/data as it is; torchvision would download to one place and look in another."""
+    """A shell leaves the ~ of --data-dir=~/data; torchvision would download to one place and look in another."""
     monkeypatch.setenv("HOME", "/home/user")
     assert train.parse_args(["--data-dir=~/data"]).data_dir == "/home/user/data"
 
