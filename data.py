@@ -424,6 +424,7 @@ def download(source: type[CIFAR10], data_dir: Path) -> None:
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 64 * 2**20
+MAX_SIDE = 2**14  # of what a network is given
 
 
 class ImageFileError(ValueError):

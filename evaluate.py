@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Subset
 from data import (
     CENTRE_RATIO,
     DATASETS,
+    MAX_SIDE,
     BatchTransform,
     Data,
     ImageFileError,
@@ -423,7 +424,7 @@ def main() -> None:
         data = None if args.files else load_evaluated(args, checkpoint, accelerator)
         model = load_model(checkpoint).to(accelerator.device, memory_format=torch.channels_last)
         size, _ = input_size(checkpoint)
-        if not 0 < size <= 2**14 or size % model.config.stride:
+        if not 0 < size <= MAX_SIDE or size % model.config.stride:
             raise ValueError(f"{args.checkpoint}: images of side {size} do not suit its {checkpoint['name']}")
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

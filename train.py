@@ -799,9 +799,9 @@ def make_model(args: argparse.Namespace, accelerator: Accelerator, data: dataset
     if model.config.in_channels != 3:
         raise ValueError(f"model-args in_channels={model.config.in_channels}: expected 3, the images' channels")
     if (side := args.image_size) is not None:
-        stride, most = model.config.stride, 2**14
-        if not stride <= side <= most or side % stride:
-            what = f"expected a multiple of {stride}, the stride of {args.model}, up to {most}"
+        stride = model.config.stride
+        if not stride <= side <= datasets.MAX_SIDE or side % stride:
+            what = f"expected a multiple of {stride}, the stride of {args.model}, up to {datasets.MAX_SIDE}"
             raise ValueError(f"image-size={side}: {what}")
         if side > 112 and model.config.stem_stride == 1:
             others = "the *_imagenet networks and --model-args stem_stride=4 have smaller ones"

@@ -269,6 +269,8 @@ def test_a_small_checkpoint_is_not_a_large_one(checkpoint, tmp_path):
     for change, reason in [
         ({"config": checkpoint["config"] | {"preact": doubled(())}}, "values"),
         ({"config": checkpoint["config"] | {"structure": [letters] * 99}}, "letters"),
+        ({"args": checkpoint["args"] | {"augment": doubled(())}}, "values"),
+        ({"state": {"sums": doubled((0.5,), 40)}}, "values"),
         ({"state": {"sums": [{letters: 1} for _ in range(99)]}}, "letters"),
         ({"config": config, "model": weights}, "one number in it stands for many"),
         ({"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(()).expand(2**35)}}}}, "one number"),

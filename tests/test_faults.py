@@ -35,7 +35,7 @@ def test_signals_end_a_run_with_a_checkpoint(cifar_dir, tmp_path, number, code):
     time.sleep(0.5)
     process.send_signal(number)
     process.send_signal(number)  # an impatient user
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=10)[0]
     assert process.returncode == code and "Traceback" not in out
     step = load(tmp_path / "run" / "last.pt")["state"]["step"]
     go_on = f"go on with the same command and --output-dir {tmp_path}/run --resume auto"

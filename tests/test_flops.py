@@ -39,6 +39,21 @@ def run(monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------------------------- costs
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "macs"),
+    [
+        ("fishnet99", 17_918_784, "1.25006"),
+        ("fishnet150", 28_806_464, "1.88330"),
+        ("fishnet73", 15_991_616, "1.06735"),
+        ("resnet50", 2_999_626, "0.27467"),
+    ],
+)
+def test_parameters_and_macs(name, params, macs):
+    counts = flops.count(meta_model(name))
+    assert counts.params == params
+    assert f"{counts.macs / 1e9:.5f}" == macs
+
+
 def test_cost_table_of_the_slides():
     fishnet, resnet = flops.count(meta_model("fishnet99")), flops.count(meta_model("resnet50"))
     assert (f"{fishnet.flops / 1e9:.2f}", f"{fishnet.params / 1e6:.2f}") == ("2.53", "17.92")

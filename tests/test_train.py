@@ -269,7 +269,7 @@ def test_a_tail_alone_with_final_norm_logs_its_gradients(run_train, tmp_path):
     assert norms == {"gradient_norm/tail", "gradient_norm/head"}
 
 
-@pytest.mark.parametrize("opt", ["adam", "adamw", "muon", "sgd --mixed-precision bf16"])
+@pytest.mark.parametrize("opt", ["sgd", "adam", "adamw", "muon", "sgd --mixed-precision bf16"])
 def test_resume_after_max_steps_is_exact(run_train, tmp_path, opt, steps=9):  # in the middle of an epoch
     flags = "-b", "32", "--epochs", "3", "--opt", *opt.split()
     run_train(tmp_path / "whole", *flags)
