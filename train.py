@@ -1,301 +1,193 @@
-"""Training: one loop of our own inside Hugging Face Accelerate.
+"""Train a network: one loop of our own, wrapped in Hugging Face Accelerate.
 
-    accelerate launch train.py                                   # the slides' experiment: FishNet-99 on CIFAR-10
-    accelerate launch train.py --recipe demo                     # drawn shapes, no download, 4 minutes on two cores
-    accelerate launch train.py --output-dir runs/a --resume auto # begin, or go on where runs/a stopped
-    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py # two processes on the CPU
+    accelerate launch train.py                                    # the slides' FishNet-99 on CIFAR-10
+    accelerate launch train.py --recipe demo                      # no download, minutes on two cores
+    python train.py --output-dir runs/a --resume auto             # start, or continue, runs/a
+    torchrun --nproc-per-node 8 train.py --recipe strong          # eight GPUs
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py  # two processes on the CPU
 
-Prints a progress bar (on a terminal) and a line an epoch. Writes to --output-dir: last.pt and the one before it,
-previous.pt, best.pt (by validation loss), metrics.csv, args.json and TensorBoard events; last.pt.left, what last.pt was
-before --resume of another checkpoint.
-
-A run is a function of its arguments and the number of processes: the order of samples follows from (seed, epoch), the
-crop of a file from (seed, epoch, index), the augmentation of a batch from (seed, epoch, step, shard), the learning rate
-from the step. So last.pt holds all that a run is: weights, optimizer, and the few numbers of `RunState`; and a global
-batch is of the same images and has the same learning rate on one process or eight. --checkpoint-activations changes
-only what a step costs. SIGTERM and SIGINT end a run after the step it is in (on several GPUs after --log-every steps at
-most), with a checkpoint.
+A run writes to its --output-dir: last.pt and the save before it, previous.pt; best.pt, which has
+the lowest validation loss; metrics.csv, args.json and TensorBoard events. A run that stops after
+any step and resumes ends with the same bits as one that did not stop. SIGTERM and Ctrl-C finish
+the current step and save.
 """
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C in them is no traceback
-
 import argparse
 import ast
-import csv
-import dataclasses
-import fcntl
+import contextlib
+import ctypes
 import io
 import json
-import logging
 import math
 import os
 import shlex
+import signal
 import sys
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TextIO
 
 import accelerate
 import torch
 import torch.nn.functional as F
 import torchvision
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, tqdm
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list
+from accelerate.utils import gather_object, parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
+from torchvision.transforms import v2
 
-import data as datasets
-from data import BatchTransform, CutMix, EpochBatches, one_line, reader_may_leave, seeded_generator
-from evaluate import (
-    CHECKPOINT_FORMAT,
-    allow_tf32,
-    check_processes,
-    compile_in_place,
-    count_images,
-    evaluate,
-    explain,
-    hide_unused_gpus,
-    leave,
-    load_checkpoint,
-    prepare_cpu,
-    signals_held,
-    workers_released,
-)
-from fishnet import (
-    check_weights,
-    checkpoint_activations,
-    create_model,
-    load_pretrained,
-    model_names,
-    out_of_memory,
-    zero_init_last,
-)
+from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_first, collate
+from data import load_data, make_transform, seeded
+from evaluate import CHECKPOINT_FORMAT, DamagedFileError, check_weights, evaluate
+from evaluate import load_checkpoint, load_pretrained
+from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, zero_init_last
 
-# A recipe is a set of defaults; any flag overrides its own.
-RECIPES = {
-    # The slides' experiment, https://github.com/crapine1119/fishnet
-    "baseline": dict(
-        dataset="cifar10", model="fishnet99", val_fraction=0.2, augment="slides", epochs=100, batch_size=256,
-        opt="adam", lr=1e-2, weight_decay=1e-4, sched="step", warmup_epochs=0, smoothing=0.0, patience=20,
-        zero_init_last=False, model_args={},
-    ),
-    # final_norm: the slides' pooled features reach a squared norm of 10^4 and more, where SGD at 0.1 diverges; Muon's
-    # steps for the classifier are SGD's.
-    "strong": dict(
-        dataset="cifar10", model="fishnet99", val_fraction=0.1, augment="standard", epochs=30, batch_size=256,
-        opt="muon", lr=0.05, weight_decay=0.01, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
-        zero_init_last=True, model_args={"final_norm": True},
-    ),
-    "demo": dict(
-        dataset="shapes", model="fishnet_tiny", val_fraction=0.2, augment="none", epochs=5, batch_size=64,
-        opt="muon", lr=0.05, weight_decay=0.01, sched="cosine", warmup_epochs=0.5, smoothing=0.0, patience=0,
-        zero_init_last=True, model_args={},
-    ),
-}  # fmt: skip
+# A recipe is a set of defaults, which flags override.
+BASELINE = dict(  # the slides' experiment
+    dataset="cifar10", model="fishnet99", model_args={}, val_fraction=0.2, augment="slides",
+    epochs=100, batch_size=256, opt="adam", lr=1e-2, weight_decay=1e-4, sched="step",
+    warmup_epochs=0, smoothing=0.0, patience=20, zero_init_last=False,
+)  # fmt: skip
+STRONG = BASELINE | dict(
+    # Without final_norm the pooled features are so large that SGD diverges at high rates.
+    model_args={"final_norm": True}, val_fraction=0.1, augment="standard", epochs=30, opt="muon",
+    lr=0.05, weight_decay=0.01, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
+    zero_init_last=True,
+)  # fmt: skip
+DEMO = STRONG | dict(
+    dataset="shapes", model="fishnet_tiny", model_args={}, val_fraction=0.2, augment="none",
+    epochs=5, batch_size=64, warmup_epochs=0.5, smoothing=0.0,
+)  # fmt: skip
+RECIPES = {"baseline": BASELINE, "strong": STRONG, "demo": DEMO}
 
-MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip: it halves the scale at each
-
-# A resumed run must agree in these. Where it ends (--max-steps, --patience) and how it is computed (--compile,
-# --workers, the number of processes) may change.
-FIXED = (
-    "dataset", "val_fraction", "augment", "image_size", "model", "zero_init_last", "epochs", "batch_size",
-    "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "decay_epochs", "warmup_epochs", "smoothing", "clip_grad",
-    "seed", "mixed_precision",
+# A run may continue with other values of these flags. All others decide its result.
+FREE = (
+    "recipe", "data_dir", "workers", "model_args", "pretrained", "max_steps", "patience", "compile",
+    "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override", "log_every",
 )  # fmt: skip
 
+# -------------------------------------------------------------------------------------- arguments
 
 class ModelArgs(argparse.Action):
-    """FIELD=VALUE ... with values in Python's notation, added to the recipe's."""
+    """Add FIELD=VALUE ..., with values in Python's notation, to the recipe's model_args."""
 
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], option: str
-    ) -> None:
+    def __call__(self, parser, namespace, values, option=None) -> None:
         fields = dict(getattr(namespace, self.dest))
-        for text in values:
-            name, _, value = text.partition("=")
+        for name, _, value in (text.partition("=") for text in values):
             try:
                 fields[name] = ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError):
-                fields[name] = value  # a word; FishNetConfig says whether it is one that it knows
+            except (ValueError, SyntaxError):
+                fields[name] = value  # a word
         setattr(namespace, self.dest, fields)
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # read first: it sets the others' defaults
-    recipe.add_argument("--recipe", choices=RECIPES, default="baseline", help="the defaults of the flags below")
-    parser = argparse.ArgumentParser(
-        description="Train a FishNet. Defaults are the recipe's.", parents=[recipe], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=datasets.DATASETS, help="what to train on")
-    group.add_argument(
-        "--data-dir", type=os.path.expanduser, default="data",
-        help="where the CIFAR folders are or go; or your train and val",
-    )  # fmt: skip
-    group.add_argument("--image-size", type=int, help="side of the crops of --dataset folder, if not 224")
-    group.add_argument("--val-fraction", type=float, help="part of each class of the training set kept for validation")
-    group.add_argument("--augment", choices=datasets.AUGMENTS, help="see train_transforms in data.py")
-    group.add_argument("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=model_names(), help="which network")
-    group.add_argument(
-        "--model-args", nargs="+", action=ModelArgs, metavar="FIELD=VALUE",
-        help="fields of FishNetConfig besides the recipe's, such as k=4 preact=False",
-    )  # fmt: skip
-    group.add_argument("--pretrained", metavar="PATH", help="start from weights: load_pretrained in fishnet.py")
-    group.add_argument("--zero-init-last", action=argparse.BooleanOptionalAction, help="start units as their shortcuts")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="length of the learning rate schedule")
-    group.add_argument("--max-steps", type=int, default=0, help="end after this many optimizer steps; 0: no limit")
-    group.add_argument("-b", "--batch-size", type=int, help="global batch: over all processes and accumulated steps")
-    group.add_argument("--grad-accum-steps", type=int, default=1, help="parts a batch is cut into, to save memory")
-    group.add_argument("--opt", choices=("adam", "adamw", "sgd", "muon"), help="sgd, muon: Nesterov, momentum 0.9")
-    group.add_argument("--lr", type=float, help="peak learning rate")
-    group.add_argument("--weight-decay", type=float, help="adam, sgd: L2 penalty; adamw, muon: decay")
-    group.add_argument("--sched", choices=("step", "cosine"), help="a tenth every --decay-epochs, or a cosine to 0")
-    group.add_argument("--decay-epochs", type=int, default=30, help="for --sched step")
-    group.add_argument("--warmup-epochs", type=float, help="linear rise of the learning rate at the start")
-    group.add_argument("--smoothing", type=float, help="label smoothing")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: no limit")
-    group.add_argument("--patience", type=int, help="epochs without a better validation loss before stopping; 0: never")
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=0, help="of weights, split, order and augmentation")
-    group.add_argument(
-        "--mixed-precision", choices=("no", "tf32", "fp16", "bf16"), help="default: what accelerate launch says"
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model: minutes before the first step")
-    group.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time, the same results")
-    group.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>, or that of --resume PATH")
-    group.add_argument("--checkpoint-every", type=int, default=0, help="steps between saves of last.pt inside an epoch")
-    group.add_argument("--resume", metavar="PATH|auto", help="a last.pt; auto: that of --output-dir, if there is one")
-    group.add_argument("--override", action="store_true", help="resume though flags changed that the result depends on")
-    group.add_argument("--log-every", type=int, default=10, help="steps between TensorBoard points and checks")
-    parser.set_defaults(**RECIPES[recipe.parse_known_args(argv)[0].recipe])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", choices=RECIPES, default="baseline", help="sets the defaults")
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False, formatter_class=style)
+    add, path = parser.add_argument, os.path.expanduser
+    add("--dataset", choices=DATASETS, help="what to train on")
+    add("--data-dir", type=path, default="data", help="of CIFAR, or of your train/ and val/")
+    add("--image-size", type=int, help="side of a folder's crops, 224 if not given")
+    add("--val-fraction", type=float, help="part of the training images kept for validation")
+    add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
+    add("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
+    add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
+    about_fields = "fields of FishNetConfig, such as k=4, or arguments of FUNCTION"
+    add("--model-args", nargs="+", action=ModelArgs, metavar="FIELD=VALUE", help=about_fields)
+    add("--pretrained", type=path, metavar="PATH", help="start from these weights")
+    add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
+    add("--epochs", type=int, help="length of the learning rate schedule")
+    add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
+    add("-b", "--batch-size", type=int, help="over all processes and accumulated parts")
+    add("--grad-accum-steps", type=int, default=1, help="parts of a batch, to save memory")
+    add("--opt", choices=("adam", "adamw", "sgd", "muon"), help="sgd and muon: Nesterov, 0.9")
+    add("--lr", type=float, help="peak learning rate")
+    add("--weight-decay", type=float, help="adam, sgd: L2 penalty; adamw, muon: decay")
+    add("--sched", choices=("step", "cosine"), help="a tenth every --decay-epochs, or cosine to 0")
+    add("--decay-epochs", type=int, default=30, help="for --sched step")
+    add("--warmup-epochs", type=float, help="linear rise of the learning rate at the start")
+    add("--smoothing", type=float, help="label smoothing")
+    add("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: no limit")
+    add("--patience", type=int, help="epochs without a lower validation loss; 0: no limit")
+    add("--seed", type=int, default=0, help="of weights, split, order and augmentation")
+    add("--mixed-precision", choices=("no", "tf32", "fp16", "bf16"), help="or accelerate launch's")
+    add("--compile", action="store_true", help="use torch.compile; the first step takes minutes")
+    add("--checkpoint-activations", action="store_true", help="less memory, more time")
+    add("--output-dir", type=path, help="runs/<model>-<dataset>-<time> if not given")
+    add("--checkpoint-every", type=int, default=0, help="steps between saves inside an epoch")
+    add("--resume", type=path, metavar="PATH|auto", help="auto: the newest one in --output-dir")
+    add("--override", action="store_true", help="resume although flags changed")
+    add("--log-every", type=int, default=10, help="steps between points in TensorBoard")
+    parser.set_defaults(**RECIPES[first.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
     if args.dataset == "folder" and args.image_size is None:
         args.image_size = 224
+    if ":" in args.model and args.model_args == RECIPES[args.recipe]["model_args"]:
+        args.model_args = {}  # a recipe's are fields of FishNetConfig
     return args
 
-
 def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """ValueError for values that no run can have."""
-    check_processes(accelerator)
-    processes = accelerator.num_processes
-    least = {"epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "decay_epochs": 1, "log_every": 1, "lr": 0.0,
-             "workers": 0, "max_steps": 0, "weight_decay": 0, "warmup_epochs": 0, "clip_grad": 0, "patience": 0,
-             "checkpoint_every": 0, "seed": 0}  # fmt: skip
-    for name, minimum in least.items():
-        if not minimum <= getattr(args, name) < math.inf:
-            raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)}: expected at least {minimum}")
-    if args.image_size is not None and args.dataset != "folder":
-        raise ValueError(f"image-size={args.image_size}: for --dataset folder, images of {args.dataset} have a size")
+    """Raise UserError for values that no run can have."""
+    positive = ("epochs", "batch_size", "grad_accum_steps", "decay_epochs", "log_every")
+    for name, value in vars(args).items():
+        least = int(name in positive)
+        if type(value) in (int, float) and not least <= value < 2**63:
+            flag = f"{name.replace('_', '-')}={value}"
+            raise UserError(f"{flag}: expected a number of at least {least}")
+    parts = accelerator.num_processes * args.grad_accum_steps
+    if args.batch_size % parts or args.batch_size < 2 * parts:
+        reason = f"expected {parts} parts of at least 2 images, for batch norm"
+        raise UserError(f"batch-size={args.batch_size}: {reason}")
     if args.warmup_epochs >= args.epochs:
-        raise ValueError(f"warmup-epochs={args.warmup_epochs}: expected less than epochs={args.epochs}")
-    if args.seed >= 2**63:
-        raise ValueError(f"seed={args.seed}: expected less than 2**63")
-    if not 0 <= args.smoothing < 1:
-        raise ValueError(f"smoothing={args.smoothing}: expected 0 <= smoothing < 1")
-    parts = processes * args.grad_accum_steps
-    if args.batch_size % parts:
-        raise ValueError(
-            f"batch-size={args.batch_size}: expected a multiple of {parts}, "
-            f"{processes} processes x {args.grad_accum_steps} accumulated steps"
-        )
-    if args.batch_size // parts < 2:
-        raise ValueError(f"batch-size={args.batch_size}: expected at least 2 images a process and step for batch norm")
+        raise UserError(f"warmup-epochs={args.warmup_epochs}: expected less than {args.epochs}")
+    if args.smoothing >= 1:
+        raise UserError(f"smoothing={args.smoothing}: expected less than 1")
+    if args.image_size is not None and args.dataset != "folder":
+        raise UserError(f"image-size={args.image_size}: works with --dataset folder only")
     if args.mixed_precision in ("tf32", "fp16") and accelerator.device.type == "cpu":
-        raise ValueError(f"mixed-precision={args.mixed_precision}: a CPU has none, use bf16 or no")
+        raise UserError(f"mixed-precision={args.mixed_precision}: use bf16 or no on a CPU")
     if "num_classes" in args.model_args:
-        raise ValueError("model-args num_classes: is the dataset's number of classes")
+        raise UserError("model-args: num_classes is the dataset's")
     if args.resume == "auto" and not args.output_dir:
-        raise ValueError("resume=auto: expected --output-dir, the run to go on with")
-    if args.resume not in (None, "auto"):  # before its folder is made
-        if not Path(args.resume).exists():
-            raise FileNotFoundError(f"{args.resume}: no such checkpoint")
-        if Path(args.resume).is_dir():
-            way = f"--output-dir {shlex.quote(args.resume)} --resume auto"
-            raise ValueError(f"resume={args.resume}: a folder; to go on with its run: {way}")
+        raise UserError("resume=auto: needs --output-dir, the folder of the run")
 
+def prepare_machine(precision: str | None, accum_steps: int = 1) -> Accelerator:
+    """Set up PyTorch for speed and exact repetition, and return the accelerator. Raises UserError
+    if several processes were started that cannot work together."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise barriers expect one GPU per process
+    is_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_tf32
+    torch.backends.cudnn.deterministic = True
+    accumulation = GradientAccumulationPlugin(accum_steps, False, sync_with_dataloader=False)
+    loading = DataLoaderConfiguration(split_batches=True, non_blocking=True)
+    accelerator = Accelerator(
+        mixed_precision="no" if is_tf32 else precision, dataloader_config=loading,
+        gradient_accumulation_plugin=accumulation, dynamo_backend="no",
+    )  # fmt: skip
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started != accelerator.num_processes:
+        raise UserError(f"{started} processes without a GPU each: set ACCELERATE_USE_CPU=true")
+    if accelerator.device.type == "cpu":
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # accelerate launch and torchrun set it
+            has_affinity = hasattr(os, "sched_getaffinity")
+            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_flush_denormal(True)  # numbers under 1e-38 make arithmetic many times slower
+        if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
+            for option in (-1, -3):  # trim and mmap thresholds: page faults take a fifth of a step
+                mallopt(option, 2**31 - 1)
+    return accelerator
 
-# ------------------------------------------------------------------------------------------------- state of a run
+# -------------------------------------------------------------------------------------- optimizer
 
-
-@dataclasses.dataclass
-class RunState:
-    """What a run is besides weights and optimizer. Sums are of the current epoch's training batches so far."""
-
-    step: int = 0  # optimizer steps done
-    epoch: int = 0  # epochs done
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
-    sums: list[list[float]] = dataclasses.field(default_factory=list)  # [loss, errors, images] of each process
-
-
-class StopSignal:
-    """SIGTERM or SIGINT, which end the program as ever until `listen` is called, and training after a step then."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame: object) -> None:
-        self.number = number
-
-    def agreed(self, accelerator: Accelerator, wait: bool = True) -> int:
-        """The signal that any process got, or 0: the same on all of them, so that all stop at the same step.
-
-        Several GPUs have to be waited for: without `wait` it is 0 there.
-        """
-        if accelerator.num_processes == 1:
-            return self.number
-        if not wait and accelerator.device.type != "cpu":
-            return 0
-        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
-
-
-@dataclasses.dataclass
-class Run:
-    """What the loop works with."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    output_dir: Path
-    data: datasets.Data
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    sampler: EpochBatches
-    loader: DataLoader
-    transform: BatchTransform
-    mix: CutMix | None
-    sums: Tensor  # (3,) this process's part of state.sums, on the device
-    lock: TextIO | None  # on the main process: open as long as the run lives
-    writer: SummaryWriter | None = None  # on the main process
-    state: RunState = dataclasses.field(default_factory=RunState)
-    stop: StopSignal = dataclasses.field(default_factory=StopSignal)
-    data_seconds: float = 0.0  # of the epoch: waiting for images and augmenting them
-    compiled: bool = False  # with --compile: once the first step is done
-    skipped: int = 0  # steps in a row that fp16's loss scaler has skipped
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.sampler.batches // self.args.grad_accum_steps
-
-
-def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
-    """Of optimizer step 0, 1, ...: linear warm-up, then steps down or a cosine to 0 at the last epoch's end."""
+def compute_lr(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of a step: linear warm-up, then --sched."""
     warmup = args.warmup_epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
@@ -304,9 +196,151 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
     done = (step - warmup) / (args.epochs * steps_per_epoch - warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return matrices with the same singular vectors and singular values near 1. The shapes (M, N)
+    may differ, but not their smaller side. Three Newton-Schulz steps take each singular value s of
+    x / |x| to p(p(p(s))) with p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5: 0.68 to 1.21 for s over
+    0.02. Two more steps, as is usual, would lift smaller values as well."""
+    # All steps are polynomials of x x^T (or of x^T x, if that is smaller), and so commute: only the
+    # last product has to involve x. The small square matrices go through the steps as one batch.
+    tall = [x.shape[0] > x.shape[1] for x in matrices]
+    gram = torch.stack([x.mT @ x if t else x @ x.mT for x, t in zip(matrices, tall)])
+    square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-24)[:, None, None]  # |x|^2
+
+    def compute_factor(gram: Tensor) -> Tensor:  # p(s) / s
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        return factor
+
+    gram = gram / square
+    product = factor = compute_factor(gram)
+    for _ in range(2):
+        gram = factor @ gram @ factor
+        factor = compute_factor(gram)
+        product = factor @ product
+    return [x @ p if t else p @ x for x, p, t in zip(matrices, product / square.sqrt(), tall)]
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum that orthogonalizes the update of each convolution. A weight
+    (C_out, C_in, k, k) is a matrix of C_out rows. Its update becomes as large in directions in which
+    the gradient is small as in others, so these learn as fast. Weight decay is decoupled. Jordan et
+    al. 2024, https://kellerjordan.github.io/posts/muon."""
+
+    def __init__(self, params: Iterable, lr: float, momentum=0.9, weight_decay=0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            gradients = [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            # One call for all weights: a GPU would wait for so many small operations.
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            updates = list(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
+            self.orthogonalize_convolutions(updates)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(params, updates, alpha=group["lr"])
+
+    @staticmethod
+    def orthogonalize_convolutions(updates: list[Tensor]) -> None:
+        """Replace 4-d updates in the list; those with the same smaller side go together."""
+        groups = defaultdict(list)
+        for i, update in enumerate(updates):
+            if update.ndim == 4:
+                groups[min(len(update), update[0].numel())].append(i)
+        for indices in groups.values():
+            # The columns are in the order of channels_last, which is that of the weights.
+            matrices = [updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices]
+            results = orthogonalize(matrices)
+            torch._foreach_mul_(results, [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices])
+            for i, result in zip(indices, results):
+                rows, channels, *kernel = updates[i].shape
+                updates[i] = result.view(rows, *kernel, channels).permute(0, 3, 1, 2)
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Adam and SGD decay all weights, as in the slides; AdamW matrices, Muon convolutions alone."""
+    params, decay = list(model.parameters()), args.weight_decay
+    if args.opt == "adam":
+        return torch.optim.Adam(params, args.lr, weight_decay=decay)
+    if args.opt == "sgd":
+        return torch.optim.SGD(params, args.lr, 0.9, weight_decay=decay, nesterov=True)
+    optimizer, dims = (torch.optim.AdamW, 2) if args.opt == "adamw" else (Muon, 4)
+    decayed, others = ([p for p in params if (p.ndim >= dims) == is_decayed] for is_decayed in (1, 0))
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return optimizer(groups, args.lr, weight_decay=decay)
+
+# ------------------------------------------------------------------------------------------- runs
+
+@dataclass
+class RunState:
+    """What a checkpoint has besides weights and optimizer. The last four are of this epoch."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done, with their validation
+    best_loss: float = math.inf  # of the validation
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # the rows of metrics.csv
+    sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # of losses, errors, images
+    seconds: float = 0.0  # of training
+    data_seconds: float = 0.0  # the part of them that waits for images or augments them
+    timed_steps: int = 0  # steps in these seconds: all but a compiler's first one
+
+class StopSignal:
+    """SIGTERM or SIGINT, after which training ends once its step is done."""
+
+    number = 0
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: setattr(self, "number", number))
+
+    def agree(self, accelerator: Accelerator, wait: bool) -> int:
+        """Return the signal that any process got, or 0, the same on all, so that all stop together.
+        Asking GPUs means waiting for them, so without `wait` the answer there is 0."""
+        if accelerator.num_processes == 1:
+            return self.number
+        if accelerator.device.type != "cpu" and not wait:
+            return 0
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    folder: Path
+    data: Data
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sampler: EpochBatches
+    loader: DataLoader
+    transform: v2.Compose
+    mix: BatchCutMix | None
+    is_compiling: bool  # until the first step is done
+    state: RunState = field(default_factory=RunState)
+    stop: StopSignal = field(default_factory=StopSignal)
+    pending: list[Tensor] = field(default_factory=list)  # results of train_step to be settled
+    skipped: int = 0  # steps in a row that fp16's loss scaler skipped, halving its scale at each
+    lock: object = None  # on the main process, as is the writer
+    writer: SummaryWriter | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.batches // self.args.grad_accum_steps
+
+# ------------------------------------------------------------------------------------ checkpoints
 
 def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
-    """Write a file whole or not at all: the old one stays until the new one is on the disk, then as `keep_as`."""
+    """Write a file as a whole or not at all, and keep the old one as `keep_as`. Raises UserError if
+    the disk refuses."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -317,664 +351,456 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
             os.replace(path, keep_as)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # it fills a full disk
-        error.filename = error.filename or str(path)  # a failed write does not say of what
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: {error.strerror}; earlier checkpoints are intact") from None
+    with contextlib.suppress(OSError):  # not every file system can sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
+def describe(run: Run) -> dict:
+    """Return what a run is, besides its flags; a resumed run must have the same."""
+    model = run.accelerator.unwrap_model(run.model)
+    config = run.args.model_args | {"num_classes": len(run.data.classes)}
+    if is_dataclass(getattr(model, "config", None)):
+        config = asdict(model.config)
+    images = {"train": len(run.data.train), "val": len(run.data.val)}
+    return {"config": config, "images": images, "classes": list(run.data.classes)}
 
-def save(run: Run, *names: str, keep_as: str | None = "previous.pt") -> None:
-    """A checkpoint of plain values and tensors, loadable with weights_only=True. Call it on every process.
-
-    keep_as: what the last.pt until then is called from now on; None: it goes.
-    """
-    run.state.sums = run.accelerator.gather(run.sums[None]).tolist()
+def save(run: Run, *names: str) -> None:
+    """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on every
+    process. Raises UserError if a step since the last save was not finite."""
+    settle(run)
     if not run.accelerator.is_main_process:
         return
-    run.writer.flush()  # what a run that goes on from here does not log again
-    model = run.accelerator.unwrap_model(run.model)
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "name": run.args.model,
-        "config": dataclasses.asdict(model.config),
-        "model": {k: x.contiguous() for k, x in model.state_dict().items()},  # safetensors takes no channels_last
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-        "classes": list(run.data.classes),
-        "images": count_images(run.data),
-        "mean": list(run.data.mean),
-        "std": list(run.data.std),
-        "args": vars(run.args),
-        "state": dataclasses.asdict(run.state),
-    }
-    buffer = io.BytesIO()  # so that a full disk is an OSError here, not an error inside torch's own writer
+    run.writer.flush()
+    weights, scaler = run.accelerator.unwrap_model(run.model).state_dict(), run.accelerator.scaler
+    checkpoint = describe(run) | {
+        "format": CHECKPOINT_FORMAT, "name": run.args.model, "args": vars(run.args),
+        "model": {name: weight.contiguous() for name, weight in weights.items()},
+        "optimizer": run.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None,
+        "mean": list(run.data.mean), "std": list(run.data.std), "state": asdict(run.state),
+    }  # fmt: skip
+    buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     for name in names:
-        keep = run.output_dir / keep_as if keep_as and name == "last.pt" else None
-        write_atomic(run.output_dir / name, buffer.getbuffer(), keep)
+        keep_as = run.folder / "previous.pt" if name == "last.pt" else None
+        write_atomic(run.folder / name, buffer.getbuffer(), keep_as)
 
-
-def resumable(folder: Path) -> list[Path]:
-    """What `--resume auto` may go on from, the newest first."""
-    return [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's folder, last.pt or previous.pt; None: it never had one.
-
-    ValueError: there is none, but a damaged one or best.pt. A damaged one is renamed, so that the next save does not
-    put it in the place of a whole one.
-    """
-    for path in resumable(folder):
-        try:
-            load_checkpoint(path)
-            return path
-        except ValueError as error:
-            path.replace(path.with_name(path.name + ".damaged"))
-            print(f"left aside as {path.name}.damaged: {error}", flush=True)
-    best = folder / "best.pt"
-    if best.exists() or any(folder.glob("*.pt.damaged")):  # now, or when it was started before
-        way = f", or --resume {shlex.quote(str(best))}" if best.exists() else ""
-        raise ValueError(f"resume=auto: no whole last.pt is left in {folder}; take another folder to start anew{way}")
+def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | None:
+    """Return the checkpoint to continue from and its path, or None to start anew. "auto" takes the
+    newest whole one of the folder and renames damaged ones. Raises UserError if none is whole."""
+    if resume != "auto":
+        return (Path(resume), load_checkpoint(resume)) if resume else None
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                return path, load_checkpoint(path)
+            except DamagedFileError as error:
+                path.replace(f"{path}.damaged")
+                print(f"{error}; renamed to {path.name}.damaged", flush=True)
+    if any(folder.glob("*.pt*")):
+        raise UserError(f"{folder}: no whole last.pt is left; give --resume PATH, or another folder")
     return None
 
-
-def resume(run: Run, path: Path) -> None:
-    """Continue from a checkpoint. ValueError: it is of another experiment, and --override is not given; or damaged."""
-    checkpoint = load_checkpoint(path)
-    model = run.accelerator.unwrap_model(run.model)
-    config = dataclasses.asdict(model.config)
-    ours = vars(run.args) | config | {"images": count_images(run.data)}
-    theirs = checkpoint["args"] | checkpoint["config"] | {"images": checkpoint.get("images", ours["images"])}
-    changed = [
-        f"{name.replace('_', '-') if name in FIXED else name} {theirs.get(name)} -> {ours[name]}"
-        for name in (*FIXED, *config, "images")
-        if theirs.get(name) != ours[name]
-    ]
-    other_classes = checkpoint["classes"] != list(run.data.classes)
-    changed += ["other classes"] if other_classes else []
-    unlike = other_classes or theirs.get("opt") != ours["opt"]
-    if unlike or (changed and not run.args.override):
-        way = "--override changes neither classes nor optimizer" if unlike else "or --override"
-        raise ValueError(f"{path} is of another run ({', '.join(changed)}): give its flags, {way}")
-    check_weights(model, checkpoint["model"], str(path))
+def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
+    """Continue from a checkpoint. Raises UserError if it belongs to another experiment."""
+    own, optimizer, model = describe(run), run.optimizer, run.accelerator.unwrap_model(run.model)
+    if (checkpoint["classes"], checkpoint["args"]["opt"]) != (own["classes"], run.args.opt):
+        raise UserError(f"{path} was trained with other classes or another --opt")
+    flags = {name: value for name, value in vars(run.args).items() if name not in FREE}
+    wanted = flags | own["config"] | {"images": own["images"]}
+    found = checkpoint["args"] | checkpoint["config"] | {"images": checkpoint["images"]}
+    names = [name for name, value in wanted.items() if found.get(name) != value]
+    if names and not run.args.override:
+        changes = ", ".join(f"{name} {found.get(name)} -> {wanted[name]}" for name in names)
+        way_on = "repeat its flags, or add --override to continue with the new ones"
+        raise UserError(f"{path} was trained with different settings: {changes}; {way_on}")
+    check_weights(model, checkpoint["model"], path)
     model.load_state_dict(checkpoint["model"])
-    try:
-        sums = load_state(run, checkpoint)
-    except Exception as error:  # what a changed file holds can be anything
-        if out_of_memory(error):
-            raise
-        raise ValueError(f"{path}: its state does not fit ({one_line(error)})") from None
-    if path.resolve().parent != run.output_dir.resolve():  # its best.pt stays there
-        run.state.best_loss, run.state.best_epoch = math.inf, run.state.epoch
-    if len(sums) == run.accelerator.num_processes:
-        run.sums.copy_(sums[run.accelerator.process_index])
-    elif run.accelerator.is_main_process:
-        run.sums.copy_(sums.sum(0))
-    run.accelerator.print(f"resumed {path} at step {run.state.step}, epoch {run.state.epoch + 1}")
-
-
-def load_state(run: Run, checkpoint: dict) -> Tensor:
-    """Optimizer, scaler and RunState of a checkpoint, checked; returns its sums (processes, 3). ValueError: no fit."""
-    theirs, ours = ({name: type(value) for name, value in s.items()} for s in (checkpoint["state"], vars(run.state)))
-    if theirs != ours:
-        raise ValueError("its numbers are not those of a RunState")
-    state, steps = RunState(**checkpoint["state"]), run.steps_per_epoch
-    sums = torch.tensor(state.sums, dtype=torch.float64).view(-1, 3)
-    if checkpoint.get("images") and steps != checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]:
-        raise ValueError(f"--override cannot change how many steps an epoch has, which would be {steps}")
-    if 0 < state.step < state.epoch * steps:  # best.pt of an epoch that --max-steps cut: it is not done
-        state.epoch -= 1
-        state.history.pop()
-        state.best_loss, state.best_epoch = math.inf, state.epoch
-    if not 0 <= state.epoch * steps <= state.step <= (state.epoch + 1) * steps:
-        raise ValueError(f"step {state.step} is not in epoch {state.epoch + 1} at {steps} steps an epoch")
-    if state.step > state.epoch * steps and not sums[:, 2].sum() > 0:
-        raise ValueError("its sums are of no images")
-    if len(state.history) != state.epoch or not all(isinstance(row, dict) for row in state.history):
-        raise ValueError(f"{state.epoch} epochs and {len(state.history)} rows do not agree")
-    groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, new in zip(run.optimizer.param_groups, groups):
-        group.update(new)  # the flags', not the checkpoint's: they differ with --override
-    for parameter, values in run.optimizer.state.items():
-        for value in values.values():
-            if value is None:
-                continue  # SGD's momentum before the first step
-            if value.shape not in ((), parameter.shape) or not value.isfinite().all():
-                raise ValueError("a tensor of the optimizer does not fit or is not finite")
+    values = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, new in zip(optimizer.param_groups, values):
+        group.update(new)  # with --override they may differ from the checkpoint's
     if run.accelerator.scaler and checkpoint["scaler"]:
         run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
-    run.state = state
-    return sums
+    run.state = state = RunState(**checkpoint["state"])
+    if not state.epoch <= state.step / run.steps_per_epoch <= state.epoch + 1:
+        raise UserError(f"{path}: the number of steps of an epoch cannot change inside a run")
+    if path.resolve().parent != run.folder.resolve():
+        state.best_loss, state.best_epoch = math.inf, state.epoch  # best.pt stays where it was
+    run.accelerator.print(f"resumed {path} at step {state.step}, epoch {state.epoch + 1}")
 
+# --------------------------------------------------------------------------------------- the loop
 
-# ------------------------------------------------------------------------------------------------------- training
-
-
-def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
-    """One optimizer step on a global batch: this process's [sum of losses, errors, images], and the gradient's norm."""
+def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    """Do one optimizer step on a global batch. Returns this process's (4,): the sums of losses,
+    errors and images, and a number that is finite if loss and gradient are."""
     args, accelerator, state = run.args, run.accelerator, run.state
-    result = torch.zeros_like(run.sums)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    for part in range(args.grad_accum_steps):
+        group["lr"] = compute_lr(args, state.step, run.steps_per_epoch)
+    started = time.perf_counter()
+    parts = [next(batches) for _ in range(args.grad_accum_steps)]  # uint8 (N, 3, H, W), (N,)
+    state.data_seconds += time.perf_counter() - started
+    sums = torch.zeros(3, device=accelerator.device)
+    for part, (images, labels) in enumerate(parts):
         started = time.perf_counter()
-        with signals_held():  # the first one starts the workers
-            images, labels = next(batches)  # uint8 (N, 3, H, W), (N,)
-        # A global batch's parts are numbered alike on one process that accumulates and on many that do not.
+        # The parts of a batch have the same numbers on one process that accumulates and on several.
         shard = part * accelerator.num_processes + accelerator.process_index
-        generator = seeded_generator(args.seed, state.epoch, state.step, shard)
-        images, targets = run.transform(images, generator), labels
-        if run.mix:
-            images, targets = run.mix(images, labels, generator)  # (N, 3, H, W), (N, classes)
-            labels = targets.argmax(1)  # of the larger part
-        run.data_seconds += time.perf_counter() - started
+        with seeded(args.seed, state.epoch, state.step, shard):
+            images, targets = run.transform(images), labels
+            if run.mix:
+                images, targets = run.mix(images, labels)  # targets: (N, classes)
+                labels = targets.argmax(1)
+        state.data_seconds += time.perf_counter() - started
         with accelerator.accumulate(run.model):
             logits = run.model(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.unscale_gradients()
-                if run.writer and (state.step + 1) % args.log_every == 0:
-                    log_gradient_norms(run)
-                norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
+                norm = measure_gradient(run)
             run.optimizer.step()
             run.optimizer.zero_grad()
         errors = (logits.detach().argmax(1) != labels).sum()
-        result += torch.stack([loss.detach() * len(labels), errors, torch.full_like(errors, len(labels))])
-    return result, norm
-
+        count = torch.full_like(errors, len(labels))
+        sums += torch.stack([loss.detach() * count, errors, count])
+    is_skipped = accelerator.optimizer_step_was_skipped  # by fp16's scaler: the norm is not finite
+    return torch.cat([sums, (sums[0] if is_skipped else sums[0] + norm)[None]])
 
 def train_epoch(run: Run) -> dict[str, float]:
-    """From where the run is to its epoch's end, or to --max-steps; the columns of metrics.csv that training fills.
-
-    FloatingPointError: a loss or gradient was not finite. That is found before anything is saved. SystemExit: a signal
-    came; a checkpoint is saved.
-    """
-    args, accelerator, state, steps = run.args, run.accelerator, run.state, run.steps_per_epoch
-    end = (state.epoch + 1) * steps
-    if args.max_steps:
-        end = min(end, args.max_steps)
-    first = state.step
-    run.sampler.seek(state.epoch, (first - state.epoch * steps) * args.grad_accum_steps)
-    bar = tqdm(
-        desc=f"epoch {state.epoch + 1}", initial=first - state.epoch * steps, total=end - state.epoch * steps,
-        bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix} {remaining}", ncols=79, leave=False,
-        disable=not (sys.stderr and sys.stderr.isatty()),  # it may be closed
-    )  # fmt: skip
+    """Train to the end of the epoch or to --max-steps; return a row of metrics.csv. Raises UserError
+    if a loss or gradient is not finite. A signal saves and ends the program."""
+    args, state, steps = run.args, run.state, run.steps_per_epoch
+    first, end = state.epoch * steps, (state.epoch + 1) * steps
+    end = min(end, args.max_steps or end)
+    run.sampler.epoch, run.sampler.start = state.epoch, (state.step - first) * args.grad_accum_steps
+    run.data.train.epoch = None if args.augment == "none" else state.epoch
     run.model.train()
-    run.data.train.epoch = None if args.augment == "none" else state.epoch  # before the workers get their copies
-    started, run.data_seconds = time.perf_counter(), 0.0
-    batches = iter(run.loader)
-    unchecked = []  # of the last steps: what must be finite, the step, its learning rate
+    bar = make_bar(state.epoch + 1, state.step - first, end - first)
+    batches = iter(run.loader) if state.step < end else iter(())
     while state.step < end:
-        lr = learning_rate(args, state.step, steps)
-        result, norm = train_step(run, batches, lr)
-        if args.compile and not run.compiled:
-            result.tolist()  # waits for the device
-            accelerator.print(f"compiled in the first step, {time.perf_counter() - started:.0f} s")
-            started, first, run.data_seconds, run.compiled = time.perf_counter(), first + 1, 0.0, True
-        run.skipped = run.skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-        if run.skipped > MAX_SKIPPED:
-            raise FloatingPointError(f"{run.skipped} steps in a row overflowed fp16, to step {state.step + 1}")
-        value = result[0] if run.skipped else result[0] + norm  # fp16's scaler skips steps whose norm is not finite
-        unchecked.append((value, state.step, lr))
-        run.sums += result
+        started = time.perf_counter()
+        run.pending.append(train_step(run, batches))
         state.step += 1
+        run.skipped = run.skipped + 1 if run.accelerator.optimizer_step_was_skipped else 0
+        is_logged = state.step % args.log_every == 0 or state.step == end or run.is_compiling
+        stopped = run.stop.agree(run.accelerator, is_logged)
+        is_due = args.checkpoint_every and state.step % args.checkpoint_every == 0
+        if is_logged or stopped or is_due:  # seldom, since it waits for the device
+            last = settle(run)
+        seconds = time.perf_counter() - started
+        if run.is_compiling:
+            run.accelerator.print(f"compiled in the first step, {seconds:.0f} s")
+            run.is_compiling, state.data_seconds = False, 0.0
+        else:
+            state.seconds, state.timed_steps = state.seconds + seconds, state.timed_steps + 1
         bar.update()
-        shown = state.step % args.log_every == 0 or state.step == end
-        stopped = run.stop.agreed(accelerator, shown)
-        due = args.checkpoint_every and state.step % args.checkpoint_every == 0 and state.step < end
-        if shown or stopped or due:  # seldom, since it waits for the device; and before anything is saved
-            require_finite(accelerator, unchecked)
-            unchecked.clear()
-        if shown:
-            seconds = time.perf_counter() - started
-            log_step(run, bar, result, lr, (state.step - first) * args.batch_size / seconds, run.data_seconds / seconds)
-        if stopped or due:
+        if is_logged:
+            log_step(run, bar, last)
+        if stopped or (is_due and state.step < end):
             save(run, "last.pt")
         if stopped:
             bar.close()
-            leave_on_signal(run, stopped)
+            stop_run(run, stopped)
     bar.close()
-    seconds = time.perf_counter() - started
-    loss, errors, images = accelerator.reduce(run.sums, "sum").tolist()
+    loss, errors, images = state.sums
     return {
-        "epoch": state.epoch + 1, "step": state.step, "lr": learning_rate(args, state.step - 1, steps),
-        "train_loss": loss / images, "train_top1_error": errors / images,
-        "images_per_second": (state.step - first) * args.batch_size / seconds, "seconds": seconds,
-        "data_wait": run.data_seconds / seconds,
+        "epoch": state.epoch + 1, "step": state.step, "lr": compute_lr(args, state.step - 1, steps),
+        "train_loss": loss / images, "train_top1_error": errors / images, **measure_speed(run),
     }  # fmt: skip
 
+def settle(run: Run) -> list[float]:
+    """Add pending results of train_step to the sums of the epoch; return those of the last step.
+    Raises UserError, on all processes, if one of them is not finite."""
+    sums = []
+    results = run.accelerator.reduce(torch.stack(run.pending), "sum").tolist() if run.pending else []
+    run.pending.clear()
+    for step, (*sums, check) in enumerate(results, run.state.step - len(results) + 1):
+        if not math.isfinite(check) or run.skipped > 20:
+            reason = f"the loss or its gradient is not finite at step {step}"
+            raise UserError(f"{reason}: try a lower --lr; earlier checkpoints are intact")
+        run.state.sums = [total + value for total, value in zip(run.state.sums, sums)]
+    return sums
 
-def require_finite(accelerator: Accelerator, steps: list[tuple[Tensor, int, float]]) -> None:
-    """FloatingPointError, on all processes at once: on one of them a step's value is not."""
-    values = accelerator.reduce(torch.stack([value for value, *_ in steps]), "sum")
-    for finite, (_, step, lr) in zip(values.isfinite().tolist(), steps):
-        if not finite:
-            raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1}, learning rate {lr:g}")
+def run_epochs(run: Run) -> None:
+    """Train, validate, log and save, epoch by epoch, until the run is finished."""
+    args, state, data, steps = run.args, run.state, run.data, run.steps_per_epoch
+    clean = make_transform(data.mean, data.std)
+    batch_size = args.batch_size // args.grad_accum_steps // run.accelerator.num_processes
+    is_whole = True  # not if --max-steps ends inside an epoch
+    while (
+        is_whole and state.epoch < args.epochs
+        and not 0 < args.max_steps <= state.epoch * steps
+        and not 0 < args.patience <= state.epoch - state.best_epoch
+    ):  # fmt: skip
+        first = state.step
+        row = train_epoch(run)
+        if state.step > first:
+            save(run, "last.pt")  # before the validation, which may fail
+        if len(data.val):
+            broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
+            val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
+                           batch_size, args.workers)  # fmt: skip
+            check_validation(run, val.loss)
+            row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
+                    "val_top5_error": val.top5_error}  # fmt: skip
+        log_epoch(run, row)
+        is_whole = state.step == (state.epoch + 1) * steps
+        is_best = row.get("val_loss", -math.inf) < state.best_loss
+        names = ["best.pt"] if is_best and (is_whole or math.isinf(state.best_loss)) else []
+        if is_whole:
+            names.append("last.pt")
+            state.epoch += 1
+            state.history.append(row)
+            state.sums, state.seconds, state.data_seconds, state.timed_steps = [0.0] * 3, 0.0, 0.0, 0
+            if is_best:
+                state.best_loss, state.best_epoch = row.get("val_loss", math.inf), state.epoch
+        save(run, *names)
+        run.accelerator.print(format_row(row, args.epochs), flush=True)
+        if number := run.stop.agree(run.accelerator, wait=True):
+            stop_run(run, number)
 
+def check_validation(run: Run, loss: float) -> None:
+    """Raise UserError if the validation loss is not finite. last.pt, which led there, is set aside,
+    so that --resume auto takes the one before it."""
+    if not math.isfinite(loss):
+        if run.accelerator.is_main_process:
+            (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
+        way_on = "lower --lr, with --resume auto --override"
+        raise UserError(f"the validation loss is not finite after step {run.state.step}: {way_on}")
 
-def leave_on_signal(run: Run, number: int) -> None:
-    run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; {go_on(run.args)}")
-    leave(run.accelerator)
+def stop_run(run: Run, number: int) -> None:
+    """Say how to continue, and exit with the code that belongs to a signal."""
+    name, folder = signal.Signals(number).name, shlex.quote(str(run.folder))
+    way_on = f"continue with --output-dir {folder} --resume auto"
+    run.accelerator.print(f"{name}: saved step {run.state.step}; {way_on}")
+    run.accelerator.end_training()
     sys.exit(128 + number)
 
+# ---------------------------------------------------------------------------------------- logging
 
-def finished(run: Run) -> bool:
-    args, state = run.args, run.state
-    return (
-        state.epoch >= args.epochs
-        or (0 < args.max_steps <= state.step <= state.epoch * run.steps_per_epoch)  # counted, so evaluated
-        or (args.patience > 0 and state.epoch - state.best_epoch >= args.patience)
-    )
+PARTS = dict.fromkeys(("stem", "t1", "t2", "t3", "t4", "bridge"), "tail")
+PARTS |= dict.fromkeys(("b4", "b3", "b2"), "body")
+PARTS |= dict.fromkeys(("h1", "h2", "h3", "h4", "pool", "fc"), "head")
 
+def measure_gradient(run: Run) -> Tensor:
+    """Return the norm of the gradient. Log that of tail, body and head, and clip to --clip-grad."""
+    run.accelerator.unscale_gradients()
+    named = run.accelerator.unwrap_model(run.model).named_parameters()
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    step, parts = run.state.step + 1, defaultdict(list)
+    if run.writer and step % run.args.log_every == 0:
+        for name, gradient in gradients.items():
+            parts[PARTS.get(name.partition(".")[0], "others")].append(gradient)
+    for part, values in parts.items():
+        norm = nn.utils.get_total_norm(values)
+        run.writer.add_scalar(f"gradient_norm/{part}", float(norm), step)
+    norm = nn.utils.get_total_norm(gradients.values())
+    if run.args.clip_grad:
+        nn.utils.clip_grads_with_norm_(run.model.parameters(), run.args.clip_grad, norm)
+    return norm
 
-# ---------------------------------------------------------------------------------------------------- what it shows
+def measure_speed(run: Run) -> dict[str, float]:
+    """Return images/s, seconds, and the part of them that waits for data, of this epoch so far."""
+    state, seconds = run.state, max(run.state.seconds, 1e-9)
+    return {"images_per_second": state.timed_steps * run.args.batch_size / seconds,
+            "seconds": seconds, "data_wait": state.data_seconds / seconds}  # fmt: skip
 
+def make_bar(epoch: int, done: int, total: int) -> tqdm:
+    """Return a progress bar, which shows on a terminal only."""
+    form = "{desc} {bar} {n_fmt}/{total_fmt}{postfix} {remaining}"
+    return tqdm(desc=f"epoch {epoch}", initial=done, total=total, ncols=79, leave=False,
+                bar_format=form, disable=not sys.stderr.isatty())  # fmt: skip
 
-def log_gradient_norms(run: Run) -> None:
-    """Of the tail (with the stem), the body and the head (with the classifier), each over all its weights."""
-    norms = {"tail": [], "body": [], "head": []}
-    for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters():
-        part = name.split(".")[0]
-        norms[{"stem": "tail", "pool": "head", "fc": "head"}.get(part, part)].append(parameter.grad)
-    for part, gradients in norms.items():
-        if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            run.writer.add_scalar(f"gradient_norm/{part}", float(norm), run.state.step + 1)
-
-
-def log_step(run: Run, bar: tqdm, result: Tensor, lr: float, speed: float, data_wait: float) -> None:
-    """The epoch's mean on the progress bar, this step's values to TensorBoard.
-
-    speed: images/s, data_wait: the part of the time in which data is awaited or augmented; both of the epoch so far.
-    """
-    both = run.accelerator.reduce(torch.stack([run.sums, result]), "sum").tolist()
-    (epoch_loss, epoch_errors, epoch_images), (loss, errors, images) = both
-    bar.set_postfix_str(
-        f"loss {epoch_loss / epoch_images:.3f} error {epoch_errors / epoch_images:.1%} {speed:.0f} img/s"
-    )
+def log_step(run: Run, bar: tqdm, sums: list[float]) -> None:
+    """Show the epoch's means on the bar, and log the last step's values to TensorBoard."""
+    speed = measure_speed(run)
+    loss, errors, images = run.state.sums
+    means = f"loss {loss / images:.3f} error {errors / images:.1%}"
+    bar.set_postfix_str(f"{means} {speed['images_per_second']:.0f} img/s")
     if run.writer:
-        for name, value in {
-            "train/loss": loss / images, "train/top1_error": errors / images, "lr": lr, "images_per_second": speed,
-            "data_wait": data_wait,
-        }.items():  # fmt: skip
+        loss, errors, images = sums
+        values = {"train/loss": loss / images, "train/top1_error": errors / images}
+        values |= {"lr": run.optimizer.param_groups[0]["lr"]} | speed
+        for name, value in values.items():
             run.writer.add_scalar(name, value, run.state.step)
 
+def log_epoch(run: Run, row: dict[str, float]) -> None:
+    """Write metrics.csv, and log the validation to TensorBoard."""
+    if run.accelerator.is_main_process:
+        for name, value in row.items():
+            if name.startswith("val_"):
+                run.writer.add_scalar(name.replace("_", "/", 1), value, row["step"])
+        rows = [row.keys(), *(row.values() for row in (*run.state.history, row))]
+        text = "".join(",".join(map(str, values)) + "\n" for values in rows)
+        write_atomic(run.folder / "metrics.csv", text.encode())
 
-def log_epoch(run: Run, row: dict[str, float], again: bool) -> None:
-    """Add a row to metrics.csv and its validation to TensorBoard.
+def format_row(row: dict[str, float], epochs: int) -> str:
+    """Return the line that the terminal shows of an epoch."""
+    line = f"epoch {row['epoch']:>3}/{epochs}"
+    for name in ("train", "val") if "val_loss" in row else ("train",):
+        line += f"  {name} {row[f'{name}_loss']:.3f} {row[f'{name}_top1_error']:6.2%}"
+    top5 = f" ({row['val_top5_error']:.2%})" if "val_loss" in row else ""
+    return f"{line}{top5}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s"
 
-    again: the evaluation is repeated, and points that are there already are not written twice.
-    """
-    run.state.history.append(row)
-    if not run.accelerator.is_main_process:
-        return
-    logged = logged_tags(run.output_dir, row["step"]) if again else ()
-    for name in ("loss", "top1_error", "top5_error"):
-        if f"val_{name}" in row and f"val/{name}" not in logged:
-            run.writer.add_scalar(f"val/{name}", row[f"val_{name}"], row["step"])
-    run.writer.flush()
-    write_metrics(run)
+# ----------------------------------------------------------------------------------------- set-up
 
+def call_on_main(accelerator: Accelerator, function: Callable, *args: object) -> object:
+    """Call a function on the main process; return its result, or raise its UserError, on all."""
+    result = None
+    if accelerator.is_main_process:
+        try:
+            result = function(*args)
+        except UserError as error:
+            result = error
+    (result,) = broadcast_object_list([result])
+    if isinstance(result, UserError):
+        raise result
+    return result
 
-def write_metrics(run: Run) -> None:
-    """metrics.csv, of the epochs so far."""
-    text = io.StringIO(newline="")
-    columns = dict.fromkeys(name for row in run.state.history for name in row)
-    table = csv.DictWriter(text, columns)
-    table.writeheader()
-    table.writerows(run.state.history)
-    write_atomic(run.output_dir / "metrics.csv", text.getvalue().encode())
-
-
-def logged_tags(folder: Path, step: int) -> set[str]:
-    """Of which scalars TensorBoard has a point at a step already."""
-    # Here, since few runs need it: it takes 0.2 s of every start.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of steps that come again after a resume
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag for tag in events.Tags()["scalars"] if any(point.step == step for point in events.Scalars(tag))}
-
-
-def epoch_line(row: dict[str, float], epochs: int) -> str:
-    """What the terminal shows of a row of metrics.csv."""
-    line = f"epoch {row['epoch']:>3}/{epochs}  train {row['train_loss']:.3f} {row['train_top1_error']:6.2%}"
-    if "val_loss" in row:
-        line += f"  val {row['val_loss']:.3f} {row['val_top1_error']:6.2%} ({row['val_top5_error']:.2%})"
-    return f"{line}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s"
-
-
-# ----------------------------------------------------------------------------------------------------------- set-up
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """One whose batches are global and split over the processes."""
-    hide_unused_gpus()
-    tf32 = args.mixed_precision == "tf32"
-    allow_tf32(tf32)
-    torch.backends.cudnn.deterministic = True  # without it a resumed run on a GPU has other bits
-    accelerator = Accelerator(
-        mixed_precision="no" if tf32 else args.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        step_scheduler_with_optimizer=False,
-        dynamo_backend="no",  # whatever accelerate launch says: --compile compiles in place
-    )
-    accelerator.gradient_accumulation_steps = args.grad_accum_steps  # an argument would yield to the environment
-    args.mixed_precision = "tf32" if tf32 else accelerator.mixed_precision
-    prepare_cpu(accelerator.device)
-    return accelerator
-
-
-def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """The run's folder, the same on all processes. ValueError: it holds a run that --resume does not continue."""
-    name = args.output_dir or f"runs/{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if args.resume and not args.output_dir:
-        name = str(Path(args.resume).parent)
-    folder = Path(broadcast_object_list([name])[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
-    best = folder / "best.pt"
-    if not goes_on and (resumable(folder) or best.exists()):
-        path = "auto" if resumable(folder) else shlex.quote(str(best))
-        raise ValueError(f"output-dir={folder}: holds a run; go on with --resume {path}, or take another folder")
+def choose_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of the run. Raises UserError if it holds another run."""
+    name = f"{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}".replace(":", "-")
+    own = Path(args.resume).parent if args.resume and args.resume != "auto" else None
+    folder = Path(args.output_dir or own or f"runs/{name}")
+    is_continued = args.resume == "auto" or (own and own.resolve() == folder.resolve())
+    if any(folder.glob("*.pt")) and not is_continued:
+        raise UserError(f"{folder}: holds a run; add --resume auto, or take another --output-dir")
     return folder
 
-
-def lock_output_dir(folder: Path) -> TextIO:
-    """Held by this process, not by the data workers that it forks, until it ends. ValueError: another run has it."""
-    file = (folder / ".lock").open("w")
+def lock_folder(folder: Path) -> object:
+    """Make the run's folder, and keep other runs out while the returned file is open. Raises
+    UserError if another run is in it, or it cannot be written."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
+    try:
+        import fcntl  # not on Windows
+
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"output-dir={folder}: in use by another run") from None
+        raise UserError(f"{folder}: in use by another run") from None
+    except (ImportError, OSError):
+        print(f"{folder} cannot be locked: take care that no other run uses it", flush=True)
     return file
 
+def load_same_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
+    """Load the data on every process. Raises UserError on all if it fails or differs on one."""
+    data = None
+    with accelerator.local_main_process_first():  # one process downloads
+        try:
+            options = (args.val_fraction, args.seed, args.image_size)
+            data = load_data(args.dataset, args.data_dir, *options)
+            flags = [value for name, value in vars(args).items() if name not in FREE]
+            summary = (*flags, *data.classes, *data.train.labels.tolist(), len(data.val))
+        except UserError as error:
+            summary = error
+    summaries = gather_object([summary])
+    for error in (found for found in summaries if isinstance(found, UserError)):
+        raise error
+    if any(found != summaries[0] for found in summaries):
+        raise UserError("the processes have different flags or data, which must be the same")
+    return data
 
-def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Matrices with the singular vectors of the given ones and singular values near 1: three Newton-Schulz steps.
-
-    They take a singular value s of x / |x|, |x| the Frobenius norm, to p(p(p(s))), p(s) = 3.4445 s - 4.775 s^3 +
-    2.0315 s^5, which is 0.68 to 1.21 for s over 0.02 and 41 s near 0. Two steps more, as is usual, would take smaller
-    values to 1, too. The shapes (M, N) may differ, their smaller sides have to be equal; 0 stays 0.
-    """
-    # Each step is a product of x with a polynomial of x x^T, all of which commute: only the last product is with x.
-    # Or of x^T x, if that is smaller. So most of the work is on square matrices, which go through it together.
-    tall = [x.shape[0] > x.shape[1] for x in matrices]
-    gram = torch.stack([x.mT @ x if t else x @ x.mT for x, t in zip(matrices, tall)])  # (L, m, m), m = min(M, N)
-    square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-24)[:, None, None]  # |x|^2, (L, 1, 1)
-
-    def factor_of(gram: Tensor) -> Tensor:
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-        return factor
-
-    gram = gram / square
-    product = factor = factor_of(gram)
-    for _ in range(2):
-        gram = factor @ gram @ factor
-        factor = factor_of(gram)
-        product = factor @ product
-    return [x @ p if t else p @ x for x, p, t in zip(matrices, product / square.sqrt(), tall)]
-
-
-class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, whose step for a convolution's weight is orthogonalized, and decoupled weight decay.
-
-    A weight (C_out, C_in, k, k) is a matrix of C_out rows. Most singular values of its step are near
-    sqrt(max(1, C_out / (C_in k^2))), while those of SGD's step are its gradient's: the directions in which a layer's
-    gradient is small learn as fast as those in which it is large. Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes no convolutions, and is slow on a CPU that has no
-    bf16.
-    """
-
-    def __init__(self, params: Iterable, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """From the gradients that there are; takes no closure."""
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if self.state[p].get("momentum_buffer") is None:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            gradients, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-            # For all weights at once, as torch.optim does it: a GPU would wait for so many small operations.
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, gradients)
-            updates = self.orthogonalized(torch._foreach_add(gradients, buffers, alpha=momentum))
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_sub_(params, updates, alpha=lr)
-
-    @staticmethod
-    def orthogonalized(updates: Sequence[Tensor]) -> list[Tensor]:
-        """The updates, those of convolutions orthogonalized: together where the smaller sides of their matrices agree.
-
-        The columns are in the order of channels_last, which is that of the weights.
-        """
-        alike = defaultdict(list)
-        for i, update in enumerate(updates):
-            if update.ndim == 4:
-                alike[min(len(update), update[0].numel())].append(i)
-        updates = list(updates)
-        for indices in alike.values():
-            matrices = [updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices]
-            results = orthogonalize(matrices)
-            torch._foreach_mul_(results, [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices])
-            for i, result in zip(indices, results):
-                rows, channels, *kernel = updates[i].shape
-                updates[i] = result.view(rows, *kernel, channels).permute(0, 3, 1, 2)
-        return updates
-
-
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam and SGD penalise all weights as in the slides; AdamW decays matrices, Muon those that it orthogonalizes."""
-    if args.opt == "adam":
-        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    if args.opt == "sgd":
-        return torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, nesterov=True)
-    optimizer, least = (torch.optim.AdamW, 2) if args.opt == "adamw" else (Muon, 4)
-    decayed = [p for p in model.parameters() if p.ndim >= least]
-    others = [p for p in model.parameters() if p.ndim < least]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return optimizer(groups, args.lr, weight_decay=args.weight_decay)
-
-
-def make_model(args: argparse.Namespace, accelerator: Accelerator, data: datasets.Data, path: Path | None) -> nn.Module:
-    """The network as it begins, its weights drawn from the seed. path: what the run goes on from.
-
-    ValueError or OSError: something the user gave is wrong.
-    """
+def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator) -> nn.Module:
+    """Return the network as the seed draws it, with --pretrained weights if given."""
     torch.manual_seed(args.seed)
-    model = create_model(args.model, num_classes=len(data.classes), **args.model_args)
-    if model.config.in_channels != 3:
-        raise ValueError(f"model-args in_channels={model.config.in_channels}: expected 3, the images' channels")
-    if (side := args.image_size) is not None:
-        stride = model.config.stride
-        if not stride <= side <= datasets.MAX_SIDE or side % stride:
-            what = f"expected a multiple of {stride}, the stride of {args.model}, up to {datasets.MAX_SIDE}"
-            raise ValueError(f"image-size={side}: {what}")
-        if side > 112 and model.config.stem_stride == 1:
-            others = "the *_imagenet networks and --model-args stem_stride=4 have smaller ones"
-            accelerator.print(f"{args.model} keeps maps of {side} x {side}, which is slow; {others}")
-    model = model.to(memory_format=torch.channels_last)
+    model = create_model(args.model, num_classes=classes, **args.model_args)
+    stride = getattr(getattr(model, "config", None), "stride", 1)
+    if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
+        raise UserError(f"image-size={args.image_size}: expected a multiple of {stride}")
     if args.zero_init_last:
         zero_init_last(model)
-    if args.pretrained and path:
-        accelerator.print(f"{args.pretrained}: not read, since the run goes on from {path}")
-    elif args.pretrained:
+    if args.pretrained:
         accelerator.print(load_pretrained(model, args.pretrained))
     if args.checkpoint_activations:
         checkpoint_activations(model)
-    if args.compile:
-        alone = accelerator.num_processes == 1 and args.grad_accum_steps == 1
-        compile_in_place(model, accelerator.device, graphs=alone)
-    return model
+    if args.compile:  # in place, which leaves the names of the weights
+        is_alone = accelerator.num_processes == args.grad_accum_steps == 1
+        use_graphs = is_alone and accelerator.device.type == "cuda"  # gradients must stay in place
+        model.compile(mode="reduce-overhead" if use_graphs else None)
+    return model.to(memory_format=torch.channels_last)
 
-
-def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
-    """Everything from the arguments. ValueError or OSError: something the user gave is wrong."""
+def make_run(args: argparse.Namespace) -> Run:
+    """Make everything that the loop needs. Raises UserError if an argument or a file is wrong."""
+    accelerator = prepare_machine(args.mixed_precision, args.grad_accum_steps)
+    if args.mixed_precision != "tf32":
+        args.mixed_precision = accelerator.mixed_precision
     check_args(args, accelerator)
-    output_dir = make_output_dir(args, accelerator)
-    args.output_dir = str(output_dir)
-    lock = lock_output_dir(output_dir) if accelerator.is_main_process else None
-    with accelerator.local_main_process_first():  # one process downloads, the others read
-        data = datasets.load_data(args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
-    transform = BatchTransform(data.mean, data.std, datasets.train_transforms(args.augment, data.train))
-    mix = datasets.train_mix(args.augment, len(data.classes))
+    folder = call_on_main(accelerator, choose_folder, args)
+    args.output_dir = str(folder)
+    found = call_on_main(accelerator, find_checkpoint, args.resume, folder)
+    data = load_same_data(args, accelerator)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(
-        data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=data.train.collate,
+        data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
-
-    path = args.resume
-    if path == "auto":  # the main process chooses, since it may also rename
-        path = broadcast_object_list([newest_checkpoint(output_dir) if accelerator.is_main_process else None])[0]
-
-    model = make_model(args, accelerator, data, path)
+    model = make_model(args, len(data.classes), accelerator)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
-
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    run = Run(
-        args=args, accelerator=accelerator, output_dir=output_dir, data=data, model=model, optimizer=optimizer,
-        sampler=sampler, loader=loader, transform=transform, mix=mix, sums=sums, lock=lock,
-    )  # fmt: skip
-    if path:
-        resume(run, Path(path))
-    if accelerator.is_main_process:
-        run.writer = SummaryWriter(output_dir, purge_step=run.state.step + 1)
-        if run.state.step == 0:
-            images = datasets.first_augmented(data, args.augment, args.seed)
-            run.writer.add_image("augmented", make_grid(images, padding=0))
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, accelerate)}
-        text = json.dumps(vars(args) | {"processes": accelerator.num_processes, "versions": versions}, indent=2)
-        write_atomic(output_dir / "args.json", text.encode())
-    if path and Path(path).resolve() != (output_dir / "last.pt").resolve():  # what it goes on from is its last.pt now
-        left = "last.pt.left"  # the first one stays: a command that goes back may be given again
-        save(run, "last.pt", keep_as=None if (output_dir / left).exists() else left)
-        if accelerator.is_main_process:
-            write_metrics(run)
+    transform = make_transform(data.mean, data.std, args.augment, data.train)
+    mix = BatchCutMix(len(data.classes)) if args.augment == "cutmix" else None
+    run = Run(args, accelerator, folder, data, model, optimizer, sampler, loader, transform, mix,
+              is_compiling=args.compile)  # fmt: skip
+    if found:
+        resume_run(run, *found)
+    call_on_main(accelerator, start_logging, run)
+    if found and found[0].resolve() != (folder / "last.pt").resolve():
+        save(run, "last.pt")  # so that --resume auto continues from here
     return run
 
+def start_logging(run: Run) -> None:
+    """Lock the folder, write args.json, and open TensorBoard's events with augmented images."""
+    run.lock = lock_folder(run.folder)
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, accelerate)}
+    content = vars(run.args) | {"processes": run.accelerator.num_processes, "versions": versions}
+    write_atomic(run.folder / "args.json", json.dumps(content, indent=2).encode())
+    run.writer = SummaryWriter(run.folder, purge_step=run.state.step + 1)
+    if run.state.step == 0:
+        run.writer.add_images("augmented", augment_first(run.data, run.args.augment, run.args.seed))
 
-def run_epochs(run: Run) -> None:
-    """Train, evaluate, log, save, until the run is finished."""
-    state, data = run.state, run.data
-    clean = BatchTransform(data.mean, data.std)
-    batch_size = run.args.batch_size // run.args.grad_accum_steps // run.accelerator.num_processes
-    while not finished(run):
-        first = state.step
-        row = train_epoch(run)
-        whole = state.step == (state.epoch + 1) * run.steps_per_epoch  # not where --max-steps ends inside an epoch
-        again = state.step == first  # the run was stopped between the epoch's last step and the end of its evaluation
-        if not again:
-            save(run, "last.pt")  # whatever becomes of the evaluation; and from inside an epoch a longer run goes on
-        state.epoch += 1
-        if whole:
-            run.sums.zero_()
-        val = None
-        if len(data.val):
-            broadcast(list(run.model.buffers()))  # batch norm's statistics are each process's own: judge what is saved
-            val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes), batch_size, run.args.workers)
-            if not math.isfinite(val.loss):
-                before = run.output_dir / "previous.pt"
-                way = f"; go on with --resume {shlex.quote(str(before))} --override" if before.exists() else ""
-                raise FloatingPointError(f"the validation loss of last.pt, step {state.step}, is not finite{way}")
-            row |= {"val_loss": val.loss, "val_top1_error": val.top1_error, "val_top5_error": val.top5_error}
-        log_epoch(run, row, again)
-        better = (whole or math.isinf(state.best_loss)) and (not val or val.loss < state.best_loss)
-        if better:
-            state.best_loss, state.best_epoch = val.loss if val else math.inf, state.epoch
-        names = (["best.pt"] if better else []) + (["last.pt"] if whole else [])
-        if names:
-            save(run, *names)
-        run.accelerator.print(epoch_line(row, run.args.epochs), flush=True)  # all is saved if its reader has left
-        if number := run.stop.agreed(run.accelerator):
-            leave_on_signal(run, number)  # all is saved
-
-
-def raised_in_thread(hook: threading.ExceptHookArgs) -> None:
-    """An OSError of TensorBoard's thread is raised again at its next point, for one line: here it is not printed."""
-    if not (issubclass(hook.exc_type, OSError) and type(hook.thread).__module__.startswith("tensorboard")):
-        threading.__excepthook__(hook)
-
+def explain(error: RuntimeError | MemoryError) -> str:
+    """Return one line for a failure of the machine. Raises any other error again."""
+    text = str(error)
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if is_memory or "allocate memory" in text:
+        return "out of memory: lower --batch-size, or add --checkpoint-activations"
+    if "shared memory" in text:
+        return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
+    if "DataLoader worker" in text:
+        return f"{text.splitlines()[0]}: try --workers 0"
+    raise error
 
 def main() -> None:
-    args = parse_args()
-    processes = 1
+    args, run = parse_args(), None
     try:
-        accelerator = make_accelerator(args)
-        processes = accelerator.num_processes
-        run = make_run(args, accelerator)
-    except (ValueError, OSError) as error:
+        run = make_run(args)
+        run.stop.listen()
+        data, device = run.data, run.accelerator.device.type
+        parameters = sum(p.numel() for p in run.model.parameters())
+        run.accelerator.print(
+            f"{args.model}, {parameters:,} parameters; {args.dataset}, {len(data.train)} training "
+            f"and {len(data.val)} validation images\n{run.accelerator.num_processes} process(es) on "
+            f"{device}, precision {args.mixed_precision}, {run.steps_per_epoch} steps an epoch\n"
+            f"writes to {run.folder}"
+        )
+        run_epochs(run)
+    except UserError as error:
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, *advice(args, processes))}")
-    run.stop.listen()
-    state, data = run.state, run.data
-    parameters = sum(p.numel() for p in run.model.parameters())
-    accelerator.print(
-        f"{args.model}, {parameters:,} parameters; {args.dataset}, {len(data.train)} training and {len(data.val)} "
-        f"validation images\n"
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.mixed_precision}, "
-        f"{run.steps_per_epoch} steps an epoch\nwrites to {run.output_dir}"
-    )
-    at_its_end = finished(run)
-    try:
-        with workers_released():
-            run_epochs(run)
-    except FloatingPointError as error:
-        sys.exit(f"train.py: {error}; try a lower --lr. What was saved before is whole.")
-    except (OSError, datasets.ImageFileError) as error:
-        sys.exit(f"train.py: {error}. What was saved before is whole; {go_on(args)}.")
-    except (RuntimeError, MemoryError) as error:
-        sys.exit(f"train.py: {explain(error, *advice(args, processes))}")
-    finally:
-        if run.lock:
-            run.lock.close()
-    if run.writer:
-        run.writer.close()
-    best_file = run.output_dir / "best.pt"
-    if at_its_end and not best_file.exists():  # its best epoch is another folder's
-        accelerator.print("the run was at its end: nothing was left to do")
-    else:
-        best = f"best epoch {state.best_epoch}" + (f", validation loss {state.best_loss:.4f}" if len(data.val) else "")
-        accelerator.print(best)
-        if best_file.exists() and (len(data.test) or len(data.val)):
-            split = "" if len(data.test) else " --split val"
-            accelerator.print(f"python evaluate.py {shlex.quote(str(best_file))}{split}")
-    leave(accelerator)
-
-
-def advice(args: argparse.Namespace, processes: int) -> tuple[str, str]:
-    """For `explain`: how to need less memory, and how to go on."""
-    share, parts, ways = args.batch_size // processes, args.grad_accum_steps, []
-    if not args.checkpoint_activations:
-        ways.append("--checkpoint-activations")
-    if more := next((n for n in range(parts + 1, share // 2 + 1) if share % n == 0), 0):  # of at least 2 images each
-        ways.append(f"--grad-accum-steps {more} (with --override, to go on)")
-    if (smaller := share // parts // 2) > 1:  # images in a part
-        ways.append(f"--batch-size {smaller * parts * processes} in a new run")
-    return ", or ".join(ways) or "another machine", go_on(args)
-
-
-def go_on(args: argparse.Namespace) -> str:
-    if args.output_dir and resumable(Path(args.output_dir)):
-        return f"go on with the same command and --output-dir {shlex.quote(args.output_dir)} --resume auto"
-    return "start again"
-
+        if run and run.stop.number and "DataLoader worker" in str(error):
+            # The signal went to the whole group and ended a worker, before a step had begun.
+            if run.accelerator.num_processes == 1:
+                save(run, "last.pt")
+            stop_run(run, run.stop.number)
+        sys.exit(f"train.py: {explain(error)}")
+    if (best := run.folder / "best.pt").exists():
+        model = f" --model {args.model}" if ":" in args.model else ""
+        split = "" if len(data.test) else " --split val"
+        run.accelerator.print(f"python evaluate.py {shlex.quote(str(best))}{model}{split}")
+    run.accelerator.end_training()
 
 if __name__ == "__main__":
-    threading.excepthook = raised_in_thread
-    with reader_may_leave():
-        main()
+    main()
