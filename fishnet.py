@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 relu = functools.partial(F.relu, inplace=True)
 max_pool = functools.partial(F.max_pool2d, kernel_size=2)
@@ -47,12 +48,12 @@ class UserError(ValueError):
     def __str__(self) -> str:  # a data worker hands an error on with its whole traceback
         return super().__str__().rpartition("\n")[2].removeprefix("fishnet.UserError: ")
 
-# ------------------------------------------------------------------------------------------ units
+# ------------------------------------------------------------------------------- units and stages
 
 class Bottleneck(nn.Module):
-    """M: convolutions 1x1, 3x3, 1x1, with C_out / 4 channels in the middle. With `preact`, BN-ReLU
-    precedes each convolution ([P] section 3). Otherwise BN follows each, and ReLU the first two
-    ([S]). (N, C_in, H, W) -> (N, C_out, H, W)."""
+    """M: convolutions 1x1, 3x3, 1x1, with C_out / 4 channels in the middle.
+    With `preact`, BN-ReLU precedes each convolution ([P] section 3). Otherwise BN follows each, and
+    ReLU the first two ([S]). (N, C_in, H, W) -> (N, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, preact: bool, dilation: int = 1):
         super().__init__()
@@ -110,26 +111,20 @@ def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
 class ResidualUnit(nn.Module):
     """shortcut(x) + M(x), then ReLU if post-activation. (N, C_in, H, W) -> (N, C_out, H, W)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, preact: bool, dilation: int, shortcut: str
-    ) -> None:
+    def __init__(self, widths: Sequence[int], preact: bool, dilation: int, shortcut: str) -> None:
         super().__init__()
-        self.shortcut = make_shortcut(in_channels, out_channels, shortcut)
-        self.branch = Bottleneck(in_channels, out_channels, preact, dilation)
+        self.shortcut = make_shortcut(*widths, shortcut)
+        self.branch = Bottleneck(*widths, preact, dilation)
         self.activation = nn.Identity() if preact else nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.branch(x).add_(self.shortcut(x)))  # in place to save a map
 
-def make_units(
-    widths: tuple[int, int], depth: int, preact: bool, dilation: int = 1, shortcut: str = "conv"
-) -> nn.Sequential:
+def make_units(widths: Sequence[int], depth: int, preact: bool, dilation: int = 1, shortcut="conv"):
     """Return `depth` residual units. The first one changes the width and has the dilation."""
-    units = []
-    for _ in range(depth):
-        units.append(ResidualUnit(*widths, preact, dilation, shortcut))
-        widths, dilation = (widths[1], widths[1]), 1
-    return nn.Sequential(*units)
+    units = [ResidualUnit(widths, preact, dilation, shortcut)] if depth else []
+    rest = (widths[1], widths[1]), preact, 1, shortcut
+    return nn.Sequential(*units, *(ResidualUnit(*rest) for _ in range(depth - 1)))
 
 class SEResidualUnit(nn.Module):
     """x + M(x) * SE(M(x)): the slides' bridge. (N, C, H, W) -> (N, C, H, W). [S]."""
@@ -144,13 +139,11 @@ class SEResidualUnit(nn.Module):
         branch = self.branch(x)  # (N, C, H, W)
         return self.activation((branch * self.se(branch)).add_(x))
 
-# ------------------------------------------------------------------------- stages of body and head
-
 @torch.fx.wrap  # torch.fx cannot trace a comparison of sizes
 def channel_sum(x: Tensor, k: int) -> Tensor:
-    """Return r_k(x), eq. 8: output channel n is the sum of input channels k n ... k n + k - 1. (N,
-    C, H, W) -> (N, C/k, H, W). The paper's sums end one channel later, as [S] points out. Raises
-    UserError if k does not divide C."""
+    """Return r_k(x), eq. 8: output channel n is the sum of input channels k n ... k n + k - 1.
+    (N, C, H, W) -> (N, C/k, H, W). The paper's sums end one channel later, as [S] points out.
+    Raises UserError if k does not divide C."""
     if k == 1:
         return x
     if k < 1 or x.shape[1] % k:
@@ -163,9 +156,8 @@ def upsample(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0).to(x.dtype)  # autocast on a GPU returns float32
 
 class Refine(nn.Module):
-    """M(x) + r_k(x): (N, C, H, W) -> (N, C/k, H, W), without a convolution on the shortcut. The
-    body uses the network's k (UR block, eqs. 4-7), the head k = 1, which makes r_k the identity (DR
-    block, eq. 9)."""
+    """M(x) + r_k(x): (N, C, H, W) -> (N, C/k, H, W). In the body k is the network's (UR block,
+    eqs. 4-7), in the head it is 1, where r_k is the identity (DR block, eq. 9)."""
 
     def __init__(self, channels: int, k: int, preact: bool, dilation: int = 1) -> None:
         super().__init__()
@@ -176,9 +168,9 @@ class Refine(nn.Module):
         return self.branch(x).add_(channel_sum(x, self.k))
 
 class Stage(nn.Module):
-    """A stage of body or head: concatenate trunk and skip, then refine. [P] Fig. 3. trunk (N, C_t,
-    H, W) and skip (N, C_s, H, W) -> the concatenation (N, C_t + C_s, H, W) and the refined map (N,
-    (C_t + C_s) / k, H, W)."""
+    """A stage of body or head: concatenate trunk and skip, then refine. [P] Fig. 3.
+    trunk (N, C_t, H, W) and skip (N, C_s, H, W) -> the concatenation (N, C_t + C_s, H, W) and the
+    refined map (N, (C_t + C_s) / k, H, W)."""
 
     def __init__(self, regular: nn.Module, transfer: nn.Module, refine: nn.Module) -> None:
         super().__init__()
@@ -190,15 +182,11 @@ class Stage(nn.Module):
         cat = torch.cat([self.regular(trunk), self.transfer(skip)], dim=1)
         return cat, self.refine(cat)
 
-# ----------------------------------------------------------------------------------- configuration
-
-def channel_plan(
-    channels: Sequence[int], k: int, b4_has_skip: bool = True
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (trunk, skip): the widths that B4 B3 B2 H1 H2 H3 H4 concatenate. [S]. A body stage
-    leaves (trunk + skip) / k channels, a head stage trunk + skip. Without a skip, as in the paper's
-    networks, B4 keeps its width. Raises UserError if k does not divide the width of a body stage,
-    or leaves fewer than four channels."""
+def channel_plan(channels: Sequence[int], k: int, b4_has_skip: bool = True) -> tuple[tuple, tuple]:
+    """Return (trunk, skip): the widths that B4 B3 B2 H1 H2 H3 H4 concatenate. [S].
+    A body stage leaves (trunk + skip) / k channels, a head stage trunk + skip. Without a skip, as
+    in the paper's networks, B4 keeps its width. Raises UserError if k does not divide the width of
+    a body stage, or leaves fewer than four channels."""
     c1, c2, c3, c4 = channels
     trunk, skips = [c4], [c4 if b4_has_skip else 0, c3, c2, c1]
     for stage, skip in zip(("B4", "B3", "B2"), skips):
@@ -267,14 +255,14 @@ class FishNetConfig:
         raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
     @property
-    def stride(self) -> int:
-        """Return the number that the sides of an image must be multiples of."""
+    def stride(self) -> int:  # the sides of an image must be multiples of it
         return 8 * self.stem_stride
 
 # ---------------------------------------------------------------------------------------- networks
 
 # A map that a network returns; stride is the number of pixels of the image that one of its spans.
 Feature = namedtuple("Feature", "channels stride")
+HEAD = ("H1", "H2", "H3", "H4")
 
 @torch.fx.wrap
 def check_images(x: Tensor, config: FishNetConfig) -> None:
@@ -286,8 +274,7 @@ def check_images(x: Tensor, config: FishNetConfig) -> None:
 
 def make_stem(config: FishNetConfig) -> nn.Sequential:
     """Return the stem: images (N, in_channels, H, W) -> x1 (N, c1, H/stem_stride, W/stem_stride).
-    Pre-activation: a convolution, then bottlenecks. Post-activation: bottlenecks, the first of
-    which takes the image, or one convolution with BN-ReLU if there are none."""
+    A convolution, then bottlenecks; in post-activation order the first bottleneck replaces it."""
     c1, depth, preact = config.channels[0], config.stem_depth, config.preact
     size = 7 if config.stem_stride == 4 else 3
     options = {"stride": config.stem_stride, "padding": size // 2, "bias": False}
@@ -301,9 +288,8 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
 
 def make_tail(config: FishNetConfig, shortcut: str) -> list[nn.Sequential]:
     """Return the residual units of T1, T2, T3, T4."""
-    c1, c2, c3, c4 = config.channels
-    stages = zip(((c1, c2), (c2, c3), (c3, c4), (c4, c4)), config.tail_depths)
-    return [make_units(widths, n, config.preact, shortcut=shortcut) for widths, n in stages]
+    stages = zip(config.channels, (*config.channels[1:], config.channels[3]), config.tail_depths)
+    return [make_units((c, out), n, config.preact, shortcut=shortcut) for c, out, n in stages]
 
 def make_pool(channels: int, final_norm: bool) -> nn.Sequential:
     """Return the last pool: (N, C, H, W) -> (N, C, 1, 1)."""
@@ -346,9 +332,9 @@ class ResNet(nn.Module):
         return self.fc(self.pool(self.forward_features(x)["T4"]).flatten(1))
 
 class FishNet(nn.Module):
-    """Tail, body and head, as in the table at the top of this file. [P] Fig. 2, [S]. images (N,
-    in_channels, H, W) -> logits (N, num_classes). Raises UserError if H or W is not a multiple of
-    config.stride. Sizes in the comments are relative to the stem's output."""
+    """Tail, body and head, as in the table at the top of this file. [P] Fig. 2, [S].
+    images (N, in_channels, H, W) -> logits (N, num_classes). Raises UserError if H or W is not a
+    multiple of config.stride. Sizes in the comments are relative to the stem's output."""
 
     b4_has_skip = True
 
@@ -358,9 +344,8 @@ class FishNet(nn.Module):
         trunk, skip = channel_plan(config.channels, config.k, self.b4_has_skip)
         width = trunk[6] + skip[6]
         self.make_tail(config)
-        self.b4, self.b3, self.b2, self.h1, self.h2, self.h3, self.h4 = (
-            self.make_stage(config, i, trunk[i], skip[i]) for i in range(7)
-        )
+        stages = (self.make_stage(config, i, trunk[i], skip[i]) for i in range(7))
+        self.b4, self.b3, self.b2, self.h1, self.h2, self.h3, self.h4 = stages
         self.make_classifier(config, width)
         stride, head = config.stem_stride, [*trunk[4:], width]
         self.feature_info = {f"H{i + 1}": Feature(head[i], stride << i) for i in range(4)}
@@ -414,9 +399,7 @@ class FishNet(nn.Module):
         _, y = self.h4(max_pool(y), x4)  # cat(down(H3), x4), at H/8 x W/8
         yield "H4", y
 
-    def forward_features(
-        self, x: Tensor, names: Sequence[str] = ("H1", "H2", "H3", "H4")
-    ) -> OrderedDict[str, Tensor]:
+    def forward_features(self, x: Tensor, names: Sequence[str] = HEAD) -> OrderedDict[str, Tensor]:
         """Return the refined maps of the named stages, of B4 ... H4, in the order of the names.
         feature_info has their shapes. Stages after the last one that is named are not computed."""
         check_images(x, self.config)
@@ -434,15 +417,14 @@ class FishNet(nn.Module):
 # -------------------------------------------------------------- the paper's networks for ImageNet
 
 class AttentionBridge(nn.Module):
-    """The paper's bridge: u * a + a. (N, C, H, W) -> (N, C, H, W). [O]. s (N, 2C, H, W) widens the
-    input, u (N, C, H, W) are residual units of s, and a (N, C, 1, 1) is an attention in (0, 1),
-    computed from s."""
+    """The paper's bridge: u * a + a. (N, C, H, W) -> (N, C, H, W). [O].
+    s (N, 2C, H, W) widens the input, u (N, C, H, W) are residual units of s, and a (N, C, 1, 1) is
+    an attention in (0, 1), computed from s."""
 
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
         half, wide = channels // 2, 2 * channels
-        widen = [*norm_relu_conv(channels, half), *norm_relu_conv(half, wide, bias=True)]
-        self.score = nn.Sequential(*widen)
+        self.score = nn.Sequential(*norm_relu_conv(channels, half), *norm_relu_conv(half, wide, True))
         self.units = make_units((wide, channels), depth, preact=True, shortcut="norm_conv")
         attend = squeeze_excite(wide, channels // 16, channels, bias=True)
         self.attention = nn.Sequential(nn.BatchNorm2d(wide), nn.ReLU(inplace=True), *attend)
@@ -459,9 +441,8 @@ class StageWithoutSkip(Stage):
         return trunk, self.refine(trunk)
 
 class ImageNetFishNet(FishNet):
-    """The paper's network for ImageNet: other parts in the same forward pass. [O]. Its stages have
-    no regular units but several that refine, all of them dilated in the body: body_depths and
-    head_depths count these. tail_depths counts those of T1 T2 T3 and the bridge."""
+    """The paper's network for ImageNet: other parts, the same forward pass. Stages have no regular
+    units but several that refine, which body_depths and head_depths count. [O]."""
 
     b4_has_skip = False
 
@@ -475,7 +456,7 @@ class ImageNetFishNet(FishNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def make_tail(self, config: FishNetConfig) -> None:
-        c1, c4 = config.channels[0], config.channels[3]
+        c1, _, _, c4 = config.channels
         stem, widths = [], (config.in_channels, c1 // 2, c1 // 2, c1)
         for i, stride in enumerate((2, 1, 1)):
             stem.append(nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=1, bias=False))
@@ -490,7 +471,7 @@ class ImageNetFishNet(FishNet):
         dilation = config.body_dilations[i] if i < 3 else 1
         k = config.k if i in (1, 2) else 1
         width = (trunk + skip) // k
-        refine = [ResidualUnit(width, width, True, dilation, "conv") for _ in range(depth - 1)]
+        refine = [ResidualUnit((width, width), True, dilation, "conv") for _ in range(depth - 1)]
         if depth:
             refine.insert(0, Refine(trunk + skip, k, True, dilation))
         transfer = make_units((skip, skip), config.transfer_depths[i], True)
@@ -509,33 +490,27 @@ class ImageNetFishNet(FishNet):
 
 # ---------------------------------------------------------------------------------- named networks
 
-# The fields that have no other value in the paper's networks.
+# These fields have the same value in all of the paper's networks.
 IMAGENET = {"stem_stride": 4, "preact": True, "tail_shortcut": "conv", "final_norm": True}
+
+def imagenet(tail: Sequence, body: Sequence, head: Sequence, transfer: Sequence) -> FishNetConfig:
+    depths = {"tail_depths": tail, "body_depths": body, "head_depths": head}
+    return FishNetConfig(**depths, transfer_depths=transfer, num_classes=1000, **IMAGENET)
+
 CONFIGS = {
     "fishnet99": FishNetConfig(),
     "fishnet150": FishNetConfig((64, 128, 256, 512), (3, 4, 6, 3), (2, 3, 2), (3, 4, 6, 3)),
     "fishnet73": FishNetConfig(tail_depths=(1, 1, 1, 1)),  # [S]'s name; it has 66 layers
-    # The slides' ideas for improvement: the tail has no convolution outside a branch, either.
-    "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),
+    "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),  # [S]'s ideas
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),  # [S]
-    # Ours, for two CPU cores; docs/results.md tells how it was chosen.
-    "fishnet_tiny": FishNetConfig(
-        channels=(64, 128, 256, 256), tail_depths=(2, 3, 3, 2), body_depths=(0, 0, 0),
-        head_depths=(0, 0, 0, 0), transfer_depths=(0,) * 7, k=8, stem_depth=0, stem_stride=2,
-        final_norm=True,
+    "fishnet_tiny": FishNetConfig(  # ours, for two CPU cores; see docs/results.md
+        (64, 128, 256, 256), (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0), transfer_depths=(0,) * 7, k=8,
+        stem_depth=0, stem_stride=2, final_norm=True,
     ),
-    "fishnet99_imagenet": FishNetConfig(  # [O], as are the next two
-        tail_depths=(2, 2, 6, 2), body_depths=(1, 1, 1), head_depths=(1, 2, 2, 0),
-        transfer_depths=(0, 1, 1, 1, 1, 1, 4), num_classes=1000, **IMAGENET,
-    ),
-    "fishnet150_imagenet": FishNetConfig(
-        tail_depths=(2, 4, 8, 4), body_depths=(2, 2, 2), head_depths=(2, 2, 4, 0),
-        transfer_depths=(0, 2, 2, 2, 2, 2, 4), num_classes=1000, **IMAGENET,
-    ),
-    "fishnet201_imagenet": FishNetConfig(
-        tail_depths=(3, 4, 12, 4), body_depths=(2, 2, 2), head_depths=(2, 3, 10, 0),
-        transfer_depths=(0, 2, 2, 2, 2, 2, 9), num_classes=1000, **IMAGENET,
-    ),
+    # The paper's, [O].
+    "fishnet99_imagenet": imagenet((2, 2, 6, 2), (1, 1, 1), (1, 2, 2, 0), (0, 1, 1, 1, 1, 1, 4)),
+    "fishnet150_imagenet": imagenet((2, 4, 8, 4), (2, 2, 2), (2, 2, 4, 0), (0, 2, 2, 2, 2, 2, 4)),
+    "fishnet201_imagenet": imagenet((3, 4, 12, 4), (2,) * 3, (2, 3, 10, 0), (0, 2, 2, 2, 2, 2, 9)),
 }  # fmt: skip
 
 def create_model(name: str, /, **overrides: object) -> nn.Module:
@@ -559,24 +534,22 @@ def create_model(name: str, /, **overrides: object) -> nn.Module:
     return FishNet(config) if config.head_depths else ResNet(config)
 
 def zero_init_last(model: nn.Module) -> None:
-    """Let every unit start as its shortcut: the last layer of its branch is set to zero. Goyal et
-    al. 2017, section 5.1. High learning rates then do not diverge at the start."""
+    """Zero the last layer of each branch: units start as their shortcuts. Goyal et al. 2017, 5.1."""
     for module in model.modules():
         if isinstance(module, (ResidualUnit, SEResidualUnit, Refine)):
             last = module.branch.conv3 if module.branch.preact else module.branch.bn3
             nn.init.zeros_(last.weight)
 
 class FishNetFPN(nn.Module):
-    """A feature pyramid as a backbone for torchvision's detectors (Lin et al. 2017). images (N,
-    in_channels, H, W) -> {"0": (N, out_channels, H', W'), "1", "2", "3", "pool"}, from a FishNet's
-    H1 to H4 or a ResNet's T1 to T4. Map "0" has the stem's stride, each next one half the sides.
-    torchvision pads images to multiples of 32, which suit every network here."""
+    """A feature pyramid as a backbone for torchvision's detectors (Lin et al. 2017).
+
+    images (N, in_channels, H, W) -> {"0": (N, out_channels, H', W'), "1", "2", "3", "pool"}, from a
+    FishNet's H1 to H4 or a ResNet's T1 to T4. Map "0" has the stem's stride, each next one half the
+    sides. torchvision pads images to multiples of 32, which suit every network here.
+    """
 
     def __init__(self, model: FishNet | ResNet, out_channels: int = 256) -> None:
         super().__init__()
-        # torchvision.ops is imported here because it doubles the time of "import fishnet".
-        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-
         self.model = model
         self.out_channels = out_channels
         for unused in (model.pool, model.fc):
@@ -587,8 +560,6 @@ class FishNetFPN(nn.Module):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.model.forward_features(x).values()
         return self.fpn(OrderedDict((str(i), y) for i, y in enumerate(maps)))
-
-# ------------------------------------------------------------------------ activation checkpointing
 
 class FrozenStatistics(contextlib.AbstractContextManager):
     """Freeze batch norm's running statistics while activations are computed a second time."""
@@ -614,12 +585,13 @@ def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tenso
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Trade time for memory: keep only the inputs of stem, tail stages, bridge and parts of stages,
-    and compute other activations again in the backward pass. Results and names of weights stay.
-    Chen et al. 2016, arXiv 1604.06174. Raises UserError if there is no network of this file."""
+    and compute other activations again in the backward pass. Results stay the same. Chen et al.
+    2016, arXiv 1604.06174. Raises UserError if the model contains no network of this file."""
     parts = []
     for module in model.modules():
         if isinstance(module, (FishNet, ResNet)):
-            parts += [m for name, m in module.named_children() if name[0] in "st" or name == "bridge"]
+            names = ("stem", "t1", "t2", "t3", "t4", "bridge")
+            parts += [part for name, part in module.named_children() if name in names]
         elif isinstance(module, Stage):
             parts += module.children()
     if not parts:
