@@ -18,7 +18,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,6 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import RandomResizedCrop, v2
 
 from fishnet import UserError
-
-# ------------------------------------------------------------------------------------------ facts
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder")
 # torchvision's class, which knows the files; the key of labels in them; mean and std of the pixels.
@@ -63,7 +61,6 @@ IMAGE_SUFFIXES = (
 
 class ImageSet(Dataset):
     """Images uint8 (N, 3, H, W) in memory, and their labels int64 (N,)."""
-
     epoch: int | None = None  # a FolderSet crops by it
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -89,7 +86,6 @@ def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class Data:
     """A dataset: its splits, its class names in the order of labels, mean and std in [0, 1]."""
-
     train: "ImageSet | FolderSet"
     val: "ImageSet | FolderSet"
     test: "ImageSet | FolderSet"
@@ -97,10 +93,8 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-def load_data(
-    dataset: str, data_dir: str | Path = "data", val_fraction: float = 0.2, seed: int = 0,
-    image_size: int | None = 224, centre_ratio: float = CENTRE_RATIO,
-) -> Data:  # fmt: skip
+def load_data(dataset: str, data_dir: str | Path = "data", val_fraction: float = 0.2, seed: int = 0,
+              image_size: int = 224, centre_ratio: float = CENTRE_RATIO) -> Data:  # fmt: skip
     """Load a dataset and set apart a fraction of each class of its training images for validation.
     Only a folder uses image_size, the side of its crops, and centre_ratio (see centre_crop). Raises
     UserError if an argument or a file is wrong."""
@@ -163,11 +157,10 @@ def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, 
     data, labels = content.get(b"data"), content.get(label_key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
         raise UserError(f"{path}: 'data' is not an array uint8 (N, 3072)")
-    labels = np.asarray(labels)
-    if labels.shape != data.shape[:1] or labels.dtype.kind != "i" or not len(labels):
-        raise UserError(f"{path}: {label_key.decode()!r} is not a list of {len(data)} labels")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"{path}: has labels that are not from 0 to {num_classes - 1}")
+    labels, expected = np.asarray(labels), f"{len(data)} integers from 0 to {num_classes - 1}"
+    is_list = labels.shape == data.shape[:1] and labels.dtype.kind == "i" and len(labels)
+    if not is_list or labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(f"{path}: {label_key.decode()!r} is not a list of {expected}")
     return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.from_numpy(labels)
 
 def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
@@ -179,8 +172,8 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
         try:
             download_and_extract_archive(source.url, data_dir, md5=source.tgz_md5)
         except (OSError, RuntimeError) as error:
-            way_out = f"unpack {source.url} into {data_dir}, or try --dataset shapes"
-            raise UserError(f"{folder}: download failed ({error}); {way_out}") from None
+            raise UserError(f"{folder}: download failed ({error}); unpack {source.url} into "
+                            f"{data_dir}, or try --dataset shapes") from None  # fmt: skip
     names = read_pickle(folder / source.meta["filename"]).get(source.meta["key"].encode())
     for files in (source.train_list, source.test_list):
         batches = [read_batch(folder / file, label_key, len(names)) for file, _ in files]
@@ -189,7 +182,8 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
 
 # ------------------------------------------------------------------------------ folders of images
 
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow refuses a PNG for more than 1 MB of metadata
+warnings.filterwarnings("ignore", module="PIL")  # of broken metadata
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # as a rule, 1 MB of metadata refuses an image
 
 def read_image(path: str | Path) -> Tensor:
     """Return an image file as a viewer shows it: uint8 RGB (3, H, W). This is the first frame,
@@ -197,8 +191,7 @@ def read_image(path: str | Path) -> Tensor:
     other colours become RGB by Pillow's formulas. Raises UserError, naming the file, if it cannot
     be decoded or has values without an agreed white."""
     try:
-        # Broken metadata is no reason for a warning, nor to refuse what can be decoded.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, "r", IMAGE_FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return TF.pil_to_tensor(convert_to_rgb(image))
     except Exception as error:  # decoders raise many kinds for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -212,7 +205,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     is_deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 are its bits, 262 is 0 if 0 means white
     white, is_negative = 4095 if tags.get(258) == (12,) else 65535, tags.get(262) == 0
-    image.filename = ""  # else Pillow maps a TIFF into memory with the sides that it has once turned
+    image.filename = ""  # otherwise Pillow maps a turned TIFF into memory by the wrong sides
     image.load()
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
@@ -233,7 +226,6 @@ class FolderSet(ImageFolder):
     """Images of root/<class>/**, read and cropped when they are asked for; labels int64 (N,). An
     image is uint8 (3, size, size): the centre while `epoch` is None, else a random crop that
     follows from (seed, epoch, index) alone. Names that begin with a dot are left out."""
-
     epoch: int | None = None
 
     def __init__(self, root: Path, size: int, ratio: float, seed: int) -> None:
@@ -275,14 +267,13 @@ class FolderSet(ImageFolder):
         return subset
 
 def centre_crop(image: Tensor, size: int, ratio: float = CENTRE_RATIO) -> Tensor:
-    """Resize the short side of uint8 (3, H, W) to size / ratio; return the centre (3, size, size)."""
+    """Resize the short side of uint8 (3, H, W) to size / ratio, and cut out (3, size, size)."""
     image = TF.resize(image, [round(size / ratio)], antialias=True)
     return TF.center_crop(image, [size, size])
 
 def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: float) -> Data:
     """Load root/train, root/val (or a part of train) and root/test (or nothing)."""
-    train = FolderSet(root / "train", size, ratio, seed)
-    splits = {"train": train}
+    splits = {"train": (train := FolderSet(root / "train", size, ratio, seed))}
     for split in ("val", "test"):
         if (root / split).exists():
             splits[split] = FolderSet(root / split, size, ratio, seed)
@@ -293,8 +284,8 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: fl
     if "val" not in splits:
         counts = train.labels.bincount().tolist()
         if val_fraction and 1 in counts:
-            raise UserError(f"{root / 'train' / train.classes[counts.index(1)]}: has one image; add "
-                            "another for validation, or give --val-fraction 0")  # fmt: skip
+            single = root / "train" / train.classes[counts.index(1)]
+            raise UserError(f"{single}: has one image; add one for validation, or --val-fraction 0")
         indices = stratified_split(train.labels, val_fraction, seed)
         splits["train"], splits["val"] = map(train.subset, indices)
     return Data(**splits, classes=tuple(train.classes), mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -320,11 +311,12 @@ def draw_shapes(count: int, seed: int) -> ImageSet:
         for index in np.array_split(np.flatnonzero(labels == label), 8):  # parts that fit the cache
             x, y = ((grid - c[index, None]).astype(np.float32) for c in centre)
             x, y = x[:, None, :], y[:, :, None]
-            cos, sin = ((f(angle) / radius)[index, None, None].astype(np.float32) for f in (np.cos, np.sin))
+            turn = np.stack([np.cos(angle[index]), np.sin(angle[index])]) / radius[index]
+            cos, sin = turn.astype(np.float32)[:, :, None, None]
             inside = is_inside(SHAPES[label], cos * x + sin * y, cos * y - sin * x)  # (n, 64, 64)
             cover = inside.reshape(-1, 32, 2, 32, 2).mean((2, 4), dtype=np.float32)[:, None]
-            image = background[index, :, None, None] * (1 - cover)
-            image = image + colour[index, :, None, None] * cover
+            ground, figure = background[index, :, None, None], colour[index, :, None, None]
+            image = ground * (1 - cover) + figure * cover
             noise = rng.standard_normal(image.shape, np.float32) * 0.06
             images[index] = np.clip((image + noise) * 255, 0, 255).round()
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
@@ -352,22 +344,18 @@ def is_inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     notch = 0.4 * np.cos(sector), 0.4 * np.sin(sector)
     return (u - 1) * notch[1] + v * (1 - notch[0]) < 0
 
-# ------------------------------------------------------------------------------- order, randomness
-
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Seed torch's global generator inside the block, from numbers such as (seed, epoch, step).
-    Every random transform inside is then reproducible. Other numbers, or more of them, give another
-    seed. The generator is restored after the block."""
+    """Seed torch's global generator from numbers such as (seed, epoch, step) inside the block, so
+    that every random transform there is reproducible. More numbers give another seed, too."""
     sequence = np.random.SeedSequence((len(numbers), *numbers))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
         yield
 
 class EpochBatches:
-    """Batches of indices, for a DataLoader's batch_sampler, in an order of (seed, epoch) alone. A
-    global batch is cut into `accum_steps` parts. Images that do not fill one are left out, others
-    in each epoch."""
+    """Batches of indices, for a DataLoader's batch_sampler, in an order of (seed, epoch) alone.
+    A batch is cut into `accum_steps` parts. Images that do not fill one are left out."""
 
     def __init__(self, length: int, batch_size: int, accum_steps: int = 1, seed: int = 0) -> None:
         if batch_size > length:
@@ -393,10 +381,9 @@ class EpochBatches:
 # flipped alike. The modules below draw for each image of a batch: float (N, C, H, W) in [0, 1].
 
 def crop_and_resize(images: Tensor, top: Tensor, left: Tensor, side: Tensor, size: int) -> Tensor:
-    """Resize a square box of each image: (N, C, H, W) -> (N, C, size, size). top, left, side (N,)
-    are whole pixels. The values are those of torchvision's resized_crop with antialiasing. Bilinear
-    resizing is linear and separable, so the crops are two products of matrices for a whole batch:
-    rows @ (image @ columns^T)."""
+    """Resize a square box of each image: (N, C, H, W) -> (N, C, size, size), as torchvision's
+    resized_crop does with antialiasing. top, left, side (N,) are whole pixels. Bilinear resizing is
+    linear and separable, so a whole batch takes two matrix products: rows @ (image @ columns^T)."""
     n, channels, height, width = images.shape
 
     def weights(start: Tensor, length: int) -> Tensor:  # (N, size, length)
@@ -409,13 +396,12 @@ def crop_and_resize(images: Tensor, top: Tensor, left: Tensor, side: Tensor, siz
         triangle = (1 - (pixels[:, None] - centres[:, :, None]).abs_()).clamp_(min=0)
         return triangle.div_(triangle.sum(-1, keepdim=True))
 
-    top, left, side = (t.to(images.device, images.dtype, non_blocking=True) for t in (top, left, side))
+    top, left, side = torch.stack([top, left, side]).to(images.device, non_blocking=True)
     columns = images.reshape(n, channels * height, width) @ weights(left, width).mT
     return weights(top, height)[:, None] @ columns.view(n, channels, height, size)
 
 class BatchRandomResizedCrop(nn.Module):
     """Crop a random square of `scale` of each image's area, and resize it to the image's size."""
-
     scale = (0.5, 1.0)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -428,7 +414,6 @@ class BatchRandomResizedCrop(nn.Module):
 
 class BatchRandomCrop(nn.Module):
     """Shift each image by up to `padding` pixels along each axis; black moves in."""
-
     padding = 4
 
     def forward(self, images: Tensor) -> Tensor:
@@ -442,7 +427,6 @@ class BatchRandomCrop(nn.Module):
 
 class BatchRandomHorizontalFlip(nn.Module):
     """Mirror each image left to right with probability p."""
-
     p = 0.5
 
     def forward(self, images: Tensor) -> Tensor:
@@ -452,7 +436,6 @@ class BatchRandomHorizontalFlip(nn.Module):
 class BatchCutout(nn.Module):
     """Lay a grey square of `ratio` of the width on each image, centred on any of its pixels. What
     reaches over the edge is lost. DeVries and Taylor 2017, section 3.2."""
-
     ratio = 3 / 8
 
     def forward(self, images: Tensor) -> Tensor:
@@ -469,9 +452,8 @@ class BatchCutout(nn.Module):
 class BatchCutMix(nn.Module):
     """With probability p, replace a box of image i, and that part of its label, by image N - 1 - i.
     The box has the image's aspect ratio, an area drawn evenly from 0 to the whole, and any centre;
-    what reaches over the edge is lost. images (N, C, H, W), labels (N,) -> images and targets (N,
-    classes). Yun et al. 2019, here with a box for each image."""
-
+    what reaches over the edge is lost. images (N, C, H, W), labels (N,) -> images, and targets
+    (N, classes). Yun et al. 2019, here with a box for each image."""
     p = 0.5
 
     def __init__(self, classes: int) -> None:
@@ -494,11 +476,10 @@ class BatchCutMix(nn.Module):
         return torch.where(box[:, None], images.flip(0), images), targets
 
 class FancyPCA(nn.Module):
-    """Shift the colour of each image with probability p: AlexNet's augmentation. Adds sum_i p_i
-    alpha_i lambda_i to every pixel, with alpha_i ~ N(0, std) drawn once for an image. lambda_i are
-    the eigenvalues (not their square roots) and p_i the eigenvectors, in column i, of the 3 x 3
-    covariance of the training set's RGB values in [0, 1]. Takes a batch or one image. Krizhevsky et
-    al. 2012, section 4.1."""
+    """Shift the colour of each image with probability p: AlexNet's augmentation.
+    Adds sum_i p_i alpha_i lambda_i to every pixel, with alpha_i ~ N(0, std) drawn once for an image.
+    lambda_i are the eigenvalues (not their square roots) and p_i, in column i, the eigenvectors of
+    the 3 x 3 covariance of the training set's RGB values in [0, 1]. Krizhevsky et al. 2012, 4.1."""
 
     def __init__(self, eigenvalues: Sequence, eigenvectors: Sequence, std=0.1, p=0.5) -> None:
         super().__init__()
@@ -523,9 +504,8 @@ class FancyPCA(nn.Module):
 
 AUGMENTS = ("slides", "standard", "cutout", "cutmix", "none")
 
-def make_transform(
-    mean: Sequence, std: Sequence, augment: str = "none", train: ImageSet | FolderSet | None = None
-) -> v2.Compose:
+def make_transform(mean: Sequence, std: Sequence, augment: str = "none",
+                   train: ImageSet | FolderSet | None = None) -> v2.Compose:  # fmt: skip
     """Return the transform of batches: uint8 (N, 3, H, W) -> [0, 1] -> augmented -> normalised.
     "slides" is a random resized crop, a flip and Fancy PCA fitted on `train`; "standard" a padded
     crop and a flip; "cutout" the same and a grey square; "cutmix" is "standard", before
@@ -539,8 +519,8 @@ def make_transform(
     if augment == "slides":
         pca = FancyPCA(IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS)
         steps.append(pca if is_folder else FancyPCA.fit(train.images))
-    to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std, inplace=True)
-    return v2.Compose([to_float, *steps, normalize])
+    steps = [v2.ToDtype(torch.float32, scale=True), *steps]
+    return v2.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
 
 def compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean (3,) and covariance (3, 3) of the pixels in [0, 1] of uint8 (N, 3, H, W)."""
@@ -549,13 +529,13 @@ def compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
         x = chunk.transpose(0, 1).reshape(3, -1).double() / 255
         total += x.sum(1)
         products += x @ x.T
-    count = images.numel() // 3
-    return total / count, products / count - torch.outer(total, total) / count**2
+    mean, count = total / (images.numel() // 3), images.numel() // 3
+    return mean, products / count - torch.outer(mean, mean)
 
 # -------------------------------------------------------------------------------- looking at data
 
 def augment_first(data: Data, augment: str, seed: int = 0) -> Tensor:
-    """Return the first 64 training images as epoch 0 may show them: float (N, 3, H, W) in [0, 1]."""
+    """Return the first 64 training images as epoch 0 may show them, float (N, 3, H, W)."""
     data.train.epoch = None if augment == "none" else 0
     images, labels = data.train.__getitems__(list(range(min(64, len(data.train)))))
     with seeded(seed):
@@ -564,8 +544,8 @@ def augment_first(data: Data, augment: str, seed: int = 0) -> Tensor:
             images, _ = BatchCutMix(len(data.classes))(images, labels)
     return images.clamp(0, 1)
 
-def draw_grid(data: Data, augment: str) -> Image.Image:
-    """Draw the first 64 training images with class names: raw on the left, augmented on the right."""
+def save_grid(data: Data, augment: str, path: Path) -> None:
+    """Draw the first 64 training images with class names: left raw, right augmented."""
     images, labels = data.train.__getitems__(list(range(min(64, len(data.train)))))
     halves = images, (augment_first(data, augment) * 255).round().byte()
     side = max(64, images.shape[-1])
@@ -579,7 +559,10 @@ def draw_grid(data: Data, augment: str) -> Image.Image:
             tile = TF.to_pil_image(image).resize((side, side), Image.Resampling.NEAREST)
             picture.paste(tile, (x, y))
             draw.text((x, y + side), data.classes[label][:12], "black", font)
-    return picture
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that names no format
+        raise UserError(f"{path}: {error}") from None
 
 def print_stats(data: Data) -> None:
     """Print counts, and the mean, std and principal components that training uses."""
@@ -588,35 +571,36 @@ def print_stats(data: Data) -> None:
     for name, count in zip(data.classes, counts):
         print(f"{count:>9}  {name:.68}")
     pca = make_transform(data.mean, data.std, "slides", data.train).transforms[-2]
-    for name, values in (("mean", data.mean), ("std", data.std)):
-        print(f"{name:<31}" + "  ".join(f"{value:7.4f}" for value in values))
-    for value, vector in zip(pca.eigenvalues.tolist(), pca.eigenvectors.T.tolist()):
-        print(f"eigenvalue {value:.4f}, eigenvector  " + "  ".join(f"{v:7.4f}" for v in vector))
-
-def find_fault(path: str) -> str:
-    """Return why a file cannot be read as an image, or an empty string."""
-    try:
-        read_image(path)
-    except UserError as error:
-        return str(error)
-    return ""
+    components = zip(pca.eigenvalues.tolist(), pca.eigenvectors.T.tolist())
+    rows = [(f"eigenvalue {value:.4f}, eigenvector", vector) for value, vector in components]
+    for name, values in (("mean", data.mean), ("std", data.std), *rows):
+        print(f"{name:<32}" + "  ".join(f"{value:7.4f}" for value in values))
 
 def print_faults(data: Data) -> int:
     """Print a line for each file of a folder that cannot be read; return their number."""
-    files = [path for images in (data.train, data.val, data.test) for path, _ in images.samples]
-    with ProcessPoolExecutor() as pool:
-        faults = list(filter(None, pool.map(find_fault, files, chunksize=16)))
+    files = [path for path, _ in data.train.samples + data.val.samples + data.test.samples]
+
+    def find_fault(path: str) -> str:
+        try:
+            read_image(path)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as pool:  # decoders run side by side
+        faults = list(filter(None, pool.map(find_fault, files)))
     print(*faults, f"{len(files)} images, {len(faults)} of them cannot be read", sep="\n")
     return len(faults)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at a dataset.")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
-    parser.add_argument("--data-dir", default="data", help="where the files are (default: data)")
-    parser.add_argument("--augment", choices=AUGMENTS, default="slides", help="for --grid")
-    parser.add_argument("--grid", metavar="PNG", help="write the first images, raw and augmented")
-    parser.add_argument("--stats", action="store_true", help="print mean, std, components of pixels")
-    parser.add_argument("--check", action="store_true", help="list a folder's unreadable images")
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="cifar10")
+    add("--data-dir", default="data", help="where the files are (default: data)")
+    add("--augment", choices=AUGMENTS, default="slides", help="for --grid")
+    add("--grid", metavar="PNG", help="write the first images, raw and augmented")
+    add("--stats", action="store_true", help="print mean, std and principal components of pixels")
+    add("--check", action="store_true", help="list a folder's unreadable images")
     args = parser.parse_args()
     if not (args.grid or args.stats or args.check):
         parser.error("nothing to do: give --grid PNG, --stats or --check")
@@ -625,7 +609,7 @@ def main() -> None:
     try:
         data = load_data(args.dataset, args.data_dir, val_fraction=0)
         if args.grid:
-            draw_grid(data, args.augment).save(Path(args.grid).expanduser())
+            save_grid(data, args.augment, Path(args.grid).expanduser())
         if args.stats:
             print_stats(data)
         if args.check:

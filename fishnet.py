@@ -424,7 +424,8 @@ class AttentionBridge(nn.Module):
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
         half, wide = channels // 2, 2 * channels
-        self.score = nn.Sequential(*norm_relu_conv(channels, half), *norm_relu_conv(half, wide, True))
+        score = norm_relu_conv(channels, half) + norm_relu_conv(half, wide, bias=True)
+        self.score = nn.Sequential(*score)
         self.units = make_units((wide, channels), depth, preact=True, shortcut="norm_conv")
         attend = squeeze_excite(wide, channels // 16, channels, bias=True)
         self.attention = nn.Sequential(nn.BatchNorm2d(wide), nn.ReLU(inplace=True), *attend)
@@ -490,7 +491,7 @@ class ImageNetFishNet(FishNet):
 
 # ---------------------------------------------------------------------------------- named networks
 
-# These fields have the same value in all of the paper's networks.
+# These fields have the same value in all of the paper's networks, [O].
 IMAGENET = {"stem_stride": 4, "preact": True, "tail_shortcut": "conv", "final_norm": True}
 
 def imagenet(tail: Sequence, body: Sequence, head: Sequence, transfer: Sequence) -> FishNetConfig:
@@ -501,13 +502,12 @@ CONFIGS = {
     "fishnet99": FishNetConfig(),
     "fishnet150": FishNetConfig((64, 128, 256, 512), (3, 4, 6, 3), (2, 3, 2), (3, 4, 6, 3)),
     "fishnet73": FishNetConfig(tail_depths=(1, 1, 1, 1)),  # [S]'s name; it has 66 layers
-    "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),  # [S]'s ideas
+    "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),  # [S]'s idea
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),  # [S]
     "fishnet_tiny": FishNetConfig(  # ours, for two CPU cores; see docs/results.md
         (64, 128, 256, 256), (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0), transfer_depths=(0,) * 7, k=8,
         stem_depth=0, stem_stride=2, final_norm=True,
     ),
-    # The paper's, [O].
     "fishnet99_imagenet": imagenet((2, 2, 6, 2), (1, 1, 1), (1, 2, 2, 0), (0, 1, 1, 1, 1, 1, 4)),
     "fishnet150_imagenet": imagenet((2, 4, 8, 4), (2, 2, 2), (2, 2, 4, 0), (0, 2, 2, 2, 2, 2, 4)),
     "fishnet201_imagenet": imagenet((3, 4, 12, 4), (2,) * 3, (2, 3, 10, 0), (0, 2, 2, 2, 2, 2, 9)),

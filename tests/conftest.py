@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of bits, which are a CPU's
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare bits, which differ between devices
 
 import contextlib
 import pickle
@@ -19,45 +19,46 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 
+ROOT = Path(__file__).parent.parent
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+STARTED: list[subprocess.Popen] = []
 
+# The runs of the tests train a network of 11,000 parameters with SGD, unless they say otherwise.
+SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2"]
+SMALL += ["--opt", "sgd", "--lr", "0.02", "--weight-decay", "5e-4"]
+SMALL += ["--model-args", "channels=(4,4,4,16)", "k=2"]
+
+# TensorBoard reads files in the order of their names, which end with a count; 9 sorts after 10.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Each process of pytest-xdist on a core of its own: threads of two programs that share cores wait for one another.
-
-    And pytest by itself on the first: the programs that tests start have as many threads as it has, and so the same
-    last bits.
-    """
+    """Put each process of pytest-xdist on a core of its own, because threads that share a core wait
+    for one another. Programs that tests start inherit it, and so compute the same last bits."""
     worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
     starts_workers = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
-    if CORES and not starts_workers:  # what they inherit would be one core for all
+    if CORES and not starts_workers:  # the workers would inherit one core for all
         os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
         torch.set_num_threads(1)
 
-
-# TensorBoard reads a folder's files in the order of their names, which end with a count: 9 would come after 10.
-event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
-
-
 def write_cifar10(root: Path, train_rows: int, test_rows: int) -> None:
-    """Ten classes that differ in brightness and noise: learnable in a few steps, unlike for every seed."""
+    """Write ten classes that differ in brightness, so that a few steps can learn them."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.RandomState(0)
-    for name, rows in [*((f"data_batch_{i}", train_rows) for i in range(1, 6)), ("test_batch", test_rows)]:
+    batches = [(f"data_batch_{i}", train_rows) for i in range(1, 6)] + [("test_batch", test_rows)]
+    for name, rows in batches:
         labels = rng.permutation(np.arange(rows) % 10)
         pixels = rng.randint(0, 100, (rows, 3072)) + labels[:, None] * 15
         content = {b"data": pixels.astype(np.uint8), b"labels": labels.tolist()}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"class %d" % i for i in range(10)]}))
-
+    meta = {b"label_names": [b"class %d" % i for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
 
 @pytest.fixture(scope="session")
 def cifar_dir(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cifar")
     write_cifar10(root, 48, 37)
     return root
-
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory) -> Path:
@@ -66,10 +67,9 @@ def tiny_dir(tmp_path_factory) -> Path:
     write_cifar10(root, 16, 10)
     return root
 
-
 @pytest.fixture(autouse=True)
 def as_before():
-    """Each test starts without what one before it left: Accelerate's state, train.py's handlers, programs that run."""
+    """Remove what a test leaves: Accelerate's state, train.py's handlers, running programs."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -79,60 +79,46 @@ def as_before():
     while STARTED:
         process = STARTED.pop()
         if process.poll() is None:
-            process.terminate()  # torchrun then ends its processes, which have sessions of their own
+            process.terminate()  # torchrun then ends its processes, which have their own sessions
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(40)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-
 @pytest.fixture
 def one_thread():
-    """Two threads wait for each other in every small operation where another program holds a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
-
-# How the runs of the tests train, where they do not say otherwise: a network of 11,000 parameters, with SGD.
-SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2"]
-SMALL += ["--opt", "sgd", "--lr", "0.02", "--weight-decay", "5e-4"]
-SMALL += ["--model-args", "channels=(4,4,4,16)", "k=2"]
-
-
-ROOT = Path(__file__).parent.parent
-STARTED: list[subprocess.Popen] = []
-
-
-def start_python(processes: int, *arguments: object, cwd: Path = ROOT, stdin: int | None = None) -> subprocess.Popen:
-    """python ARGUMENTS on so many processes, on the CPU and on a free port; its output is on one pipe, stdout."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start_python(processes: int, *arguments: object, cwd: Path = ROOT, stdin: int | None = None):
+    """Start python ARGUMENTS in one or more processes on the CPU; stdout has all their output."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command = [*(torchrun if processes > 1 else ()), *arguments]
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, *map(str, (*launch, *arguments))],
-        cwd=cwd, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
+        [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | environment, stdin=stdin,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     STARTED.append(process)
     return process
 
-
-def start_train(cifar_dir: Path, output_dir: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
-    """train.py on the small CIFAR in a process of its own, or in several."""
-    return start_python(processes, "train.py", *SMALL, "--data-dir", cifar_dir, "--output-dir", output_dir, *flags)
-
+def start_train(cifar_dir: Path, output_dir: Path, *flags: str, processes: int = 1):
+    """Start train.py on the small CIFAR in one process or more of its own."""
+    folders = "--data-dir", cifar_dir, "--output-dir", output_dir
+    return start_python(processes, "train.py", *SMALL, *folders, *flags)
 
 @pytest.fixture
 def run_train(cifar_dir, monkeypatch, capsys):
-    """run_train(output_dir, *flags): train.py's main on the small CIFAR; returns what it printed."""
+    """Return run(output_dir, *flags), which calls train.main and returns what it printed."""
 
     def run(output_dir: Path, *flags: str) -> str:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        arguments = ["train.py", *SMALL, "--data-dir", str(cifar_dir), "--output-dir", str(output_dir), *flags]
-        monkeypatch.setattr(sys, "argv", arguments)
+        folders = "--data-dir", str(cifar_dir), "--output-dir", str(output_dir)
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *folders, *flags])
         train.main()
         return capsys.readouterr().out
 
