@@ -64,8 +64,7 @@ class ImageSet(Dataset):
     epoch: int | None = None  # a FolderSet crops by it
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
+        self.images, self.labels = images, labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -477,7 +476,7 @@ class BatchCutMix(nn.Module):
 
 class FancyPCA(nn.Module):
     """Shift the colour of each image with probability p: AlexNet's augmentation.
-    Adds sum_i p_i alpha_i lambda_i to every pixel, with alpha_i ~ N(0, std) drawn once for an image.
+    Adds sum_i p_i alpha_i lambda_i to every pixel, with alpha_i ~ N(0, std) drawn for each image.
     lambda_i are the eigenvalues (not their square roots) and p_i, in column i, the eigenvectors of
     the 3 x 3 covariance of the training set's RGB values in [0, 1]. Krizhevsky et al. 2012, 4.1."""
 

@@ -35,22 +35,20 @@ from fishnet import UserError, create_model
 # ------------------------------------------------------------------------------------ checkpoints
 
 CHECKPOINT_FORMAT = 2
-CHECKPOINT_KEYS = {
-    "format", "name", "config", "model", "optimizer", "scaler", "classes", "images", "mean", "std",
-    "args", "state",
-}  # fmt: skip
+CHECKPOINT_KEYS = {"format", "name", "config", "model", "optimizer", "scaler", "classes", "images"}
+CHECKPOINT_KEYS |= {"mean", "std", "args", "state"}
 
 class DamagedFileError(UserError):
-    """A file of which the content is damaged."""
+    """A file with damaged content."""
 
 def load_file(path: str | Path) -> object:
     """Return what torch.save wrote, on the CPU, without running code from the file. Raises
-    DamagedFileError if checksums do not fit, or it holds anything but tensors and plain values, and
-    UserError if it cannot be read."""
+    DamagedFileError if it holds anything but whole tensors and values, UserError if unreadable."""
     path = Path(path).expanduser()
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            is_whole = archive.testzip() is None and any("/data.pkl" in n for n in archive.namelist())
+            has_content = any(name.endswith("/data.pkl") for name in archive.namelist())
+            is_whole = has_content and archive.testzip() is None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except Exception:  # zipfile raises many kinds for damaged files
@@ -68,29 +66,26 @@ def check_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
     faults = [f"{name} is missing" for name in expected.keys() - weights.keys()]
     faults += [f"{name} is not the model's" for name in weights.keys() - expected.keys()]
     for name in expected.keys() & weights.keys():
-        if weights[name].shape != expected[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-            faults.append(f"{name} is {shapes}")
+        found, needed = tuple(weights[name].shape), tuple(expected[name].shape)
+        if found != needed:
+            faults.append(f"{name} is {found}, expected {needed}")
         elif not weights[name].isfinite().all():
             faults.append(f"{name} is not finite")
     if faults:
-        text = f"{len(faults)} weights do not fit the model: {'; '.join(sorted(faults)[:3])}"
-        raise UserError(f"{path}: {text}")
+        text = "; ".join(sorted(faults)[:3])
+        raise UserError(f"{path}: {len(faults)} weights do not fit the model: {text}")
 
 def load_checkpoint(path: str | Path) -> dict:
     """Return a checkpoint of train.py. Raises UserError if the file is not one."""
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
-        raise UserError(f"{path}: not a checkpoint of train.py")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        found = f"format {checkpoint['format']}, expected {CHECKPOINT_FORMAT}"
-        raise UserError(f"{path}: {found}; use the version of FishNet that wrote it")
+    is_checkpoint = isinstance(checkpoint, dict) and checkpoint.keys() >= CHECKPOINT_KEYS
+    if not is_checkpoint or checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this version of train.py")
     return checkpoint
 
 def load_model(checkpoint: dict, allowed: str | None = None) -> nn.Module:
-    """Return the network of a checkpoint with its weights. A checkpoint of MODULE:FUNCTION names
-    code to run, so that name must be `allowed`. Raises UserError if it is not, or if the weights do
-    not fit."""
+    """Return the network of a checkpoint. MODULE:FUNCTION is code that would run, so a checkpoint
+    may name it only if it is `allowed`. Raises UserError if it is not, or if weights do not fit."""
     name = checkpoint["name"]
     if ":" in name and name != allowed:
         raise UserError(f"this checkpoint needs code of {name}: give --model {name} to run it")
@@ -103,16 +98,15 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
     """Load weights from a checkpoint or a state_dict of this project; return what was loaded. A
     classifier for another number of classes stays as it is. Raises UserError if anything else does
     not fit; the model is then unchanged."""
-    hint = f"convert weights from elsewhere: python examples/convert_weights.py {path} OUT.pt"
     try:
         content = load_file(path)
-        weights = content.get("model", content)
-    except (DamagedFileError, AttributeError):
-        raise UserError(f"{path}: damaged, or not this project's; {hint}") from None
-    if any(str(name).startswith(("module.", "fish.", "features.", "state_dict")) for name in weights):
-        raise UserError(f"{path}: not this project's; {hint}")
-    own, kept = model.state_dict(), {}
-    if "fc.weight" in own and "fc.weight" in weights and len(own["fc.weight"]) != len(weights["fc.weight"]):
+    except DamagedFileError:
+        content = {}  # files of 2018 look damaged, too
+    weights, own, kept = content.get("model", content), model.state_dict(), {}
+    if not weights.keys() & own.keys():
+        command = f"python examples/convert_weights.py {path} OUT.pt"
+        raise UserError(f"{path}: not this project's weights; convert others with {command}")
+    if len(weights.get("fc.weight", ())) != len(own["fc.weight"]):
         kept = {name: value for name, value in own.items() if name.startswith("fc.")}
     check_weights(model, weights | kept, path)
     model.load_state_dict(weights | kept)
@@ -133,10 +127,9 @@ class Metrics:
     class_images: tuple[int, ...]
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Accelerator, model: nn.Module, images: ImageSet | FolderSet,
-    transform: v2.Compose, num_classes: int, batch_size: int = 256, workers: int = 0,
-) -> Metrics:  # fmt: skip
+def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | FolderSet,
+             transform: v2.Compose, num_classes: int, batch_size: int = 256,
+             workers: int = 0) -> Metrics:  # fmt: skip
     """Return the metrics of a model on a set of images, the same on every process. Each process
     takes every n-th image and the results are gathered, so every image counts once. `batch_size` is
     a process's. With fewer than five classes, top-5 means all of them."""
@@ -154,9 +147,8 @@ def evaluate(
     results = gather_object([torch.cat(results, dim=1).cpu()])
     labels, losses, top1, top5 = torch.cat(results, dim=1).double()
     assert len(labels) == len(images), f"{len(labels)} images counted of {len(images)}"
-    labels = labels.long()
-    class_images = labels.bincount(minlength=num_classes)
-    class_misses = labels.bincount(1 - top1, minlength=num_classes)
+    class_images = labels.long().bincount(minlength=num_classes)
+    class_misses = labels.long().bincount(1 - top1, minlength=num_classes)
     return Metrics(
         loss=losses.mean().item(),
         top1_error=(1 - top1).sum().item() / len(labels),
@@ -166,9 +158,8 @@ def evaluate(
         class_images=tuple(class_images.tolist()),
     )
 
-def compute_logits(
-    accelerator: Accelerator, model: nn.Module, images: Tensor, transform: v2.Compose
-) -> Tensor:
+def compute_logits(accelerator: Accelerator, model: nn.Module, images: Tensor,
+                   transform: v2.Compose) -> Tensor:  # fmt: skip
     """Return logits, float32 (N, classes) on the device, of images uint8 (N, 3, H, W)."""
     images = transform(images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
     with accelerator.autocast():
@@ -197,10 +188,8 @@ class FlipAveraged(nn.Module):
         return (self.model(x).float() + self.model(x.flip(3)).float()) / 2
 
 @torch.no_grad()
-def predict(
-    accelerator: Accelerator, model: nn.Module, image: Tensor, transform: v2.Compose,
-    classes: list[str],
-) -> list[tuple[str, float]]:  # fmt: skip
+def predict(accelerator: Accelerator, model: nn.Module, image: Tensor, transform: v2.Compose,
+            classes: list[str]) -> list[tuple[str, float]]:  # fmt: skip
     """Return the five most probable classes of an image uint8 (3, H, W), with probabilities."""
     with in_evaluation(model):
         probabilities = compute_logits(accelerator, model, image[None], transform)[0].softmax(0)
@@ -233,9 +222,9 @@ def load_split(args: argparse.Namespace, checkpoint: dict, accelerator: Accelera
         raise UserError(f"split={args.split}: has no images in {data_dir}; give another --split")
     return data
 
-def predict_files(args: argparse.Namespace, checkpoint: dict, *predict_args: object) -> int:
+def predict_files(args: argparse.Namespace, checkpoint: dict, accelerator: Accelerator,
+                  model: nn.Module, transform: v2.Compose) -> int:  # fmt: skip
     """Print the most probable classes of each file; return 1 if one is not an image, else 0."""
-    accelerator, model, transform = predict_args
     predictions = []
     for file in args.files:
         try:
@@ -281,7 +270,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 def main() -> None:
-    from train import prepare_machine  # not above, since train.py imports this file
+    from train import explain, prepare_machine  # not above, since train.py imports this file
 
     args = parse_args()
     try:
@@ -292,18 +281,19 @@ def main() -> None:
         model = FlipAveraged(model) if args.tta else model
         transform = make_transform(checkpoint["mean"], checkpoint["std"])
         if args.files:
-            sys.exit(predict_files(args, checkpoint, accelerator, model, transform))
+            is_main = accelerator.is_main_process
+            sys.exit(is_main and predict_files(args, checkpoint, accelerator, model, transform))
         data = load_split(args, checkpoint, accelerator)
-        images, classes = getattr(data, args.split), data.classes
-        metrics = evaluate(
-            accelerator, model, images, transform, len(classes), args.batch_size, args.workers
-        )
+        images, options = getattr(data, args.split), (args.batch_size, args.workers)
+        metrics = evaluate(accelerator, model, images, transform, len(data.classes), *options)
         if not math.isfinite(metrics.loss):
             raise UserError(f"{args.checkpoint}: its outputs are not finite")
     except UserError as error:
         sys.exit(f"evaluate.py: {error}")
+    except (RuntimeError, MemoryError) as error:
+        sys.exit(f"evaluate.py: {explain(error)}")
     if accelerator.is_main_process:
-        print_metrics(metrics, args, checkpoint["name"], classes)
+        print_metrics(metrics, args, checkpoint["name"], data.classes)
     accelerator.end_training()
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a network: one loop of our own, wrapped in Hugging Face Accelerate.
 
-    accelerate launch train.py                                    # the slides' FishNet-99 on CIFAR-10
+    accelerate launch train.py                                    # the slides' FishNet-99, CIFAR-10
     accelerate launch train.py --recipe demo                      # no download, minutes on two cores
     python train.py --output-dir runs/a --resume auto             # start, or continue, runs/a
     torchrun --nproc-per-node 8 train.py --recipe strong          # eight GPUs
@@ -11,6 +11,7 @@ the lowest validation loss; metrics.csv, args.json and TensorBoard events. A run
 any step and resumes ends with the same bits as one that did not stop. SIGTERM and Ctrl-C finish
 the current step and save.
 """
+
 import argparse
 import ast
 import contextlib
@@ -27,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import torch
@@ -38,7 +40,6 @@ from accelerate.utils import gather_object, parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms import v2
 
 from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_first, collate
 from data import load_data, make_transform, seeded
@@ -135,26 +136,25 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Raise UserError for values that no run can have."""
     positive = ("epochs", "batch_size", "grad_accum_steps", "decay_epochs", "log_every")
     for name, value in vars(args).items():
-        least = int(name in positive)
-        if type(value) in (int, float) and not least <= value < 2**63:
-            flag = f"{name.replace('_', '-')}={value}"
-            raise UserError(f"{flag}: expected a number of at least {least}")
+        if type(value) in (int, float) and not int(name in positive) <= value < 2**63:
+            expected = f"expected a number of at least {int(name in positive)}"
+            raise UserError(f"{name.replace('_', '-')}={value}: {expected}")
     parts = accelerator.num_processes * args.grad_accum_steps
-    if args.batch_size % parts or args.batch_size < 2 * parts:
-        reason = f"expected {parts} parts of at least 2 images, for batch norm"
-        raise UserError(f"batch-size={args.batch_size}: {reason}")
-    if args.warmup_epochs >= args.epochs:
-        raise UserError(f"warmup-epochs={args.warmup_epochs}: expected less than {args.epochs}")
-    if args.smoothing >= 1:
-        raise UserError(f"smoothing={args.smoothing}: expected less than 1")
-    if args.image_size is not None and args.dataset != "folder":
-        raise UserError(f"image-size={args.image_size}: works with --dataset folder only")
-    if args.mixed_precision in ("tf32", "fp16") and accelerator.device.type == "cpu":
-        raise UserError(f"mixed-precision={args.mixed_precision}: use bf16 or no on a CPU")
-    if "num_classes" in args.model_args:
-        raise UserError("model-args: num_classes is the dataset's")
-    if args.resume == "auto" and not args.output_dir:
-        raise UserError("resume=auto: needs --output-dir, the folder of the run")
+    is_on_cpu = accelerator.device.type == "cpu"
+    for name, is_wrong, expected in (
+        ("batch_size", args.batch_size % parts or args.batch_size < 2 * parts,
+         f"expected {parts} parts of at least 2 images, for batch norm"),
+        ("warmup_epochs", args.warmup_epochs >= args.epochs, f"expected less than {args.epochs}"),
+        ("smoothing", args.smoothing >= 1, "expected less than 1"),
+        ("image_size", args.image_size is not None and args.dataset != "folder",
+         "works with --dataset folder only"),
+        ("mixed_precision", args.mixed_precision in ("tf32", "fp16") and is_on_cpu,
+         "use bf16 or no on a CPU"),
+        ("model_args", "num_classes" in args.model_args, "num_classes is the dataset's"),
+        ("resume", args.resume == "auto" and not args.output_dir, "needs --output-dir, its folder"),
+    ):  # fmt: skip
+        if is_wrong:
+            raise UserError(f"{name.replace('_', '-')}={getattr(args, name)}: {expected}")
 
 def prepare_machine(precision: str | None, accum_steps: int = 1) -> Accelerator:
     """Set up PyTorch for speed and exact repetition, and return the accelerator. Raises UserError
@@ -276,12 +276,9 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return optimizer(groups, args.lr, weight_decay=decay)
 
-# ------------------------------------------------------------------------------------------- runs
-
 @dataclass
 class RunState:
     """What a checkpoint has besides weights and optimizer. The last four are of this epoch."""
-
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done, with their validation
     best_loss: float = math.inf  # of the validation
@@ -294,7 +291,6 @@ class RunState:
 
 class StopSignal:
     """SIGTERM or SIGINT, after which training ends once its step is done."""
-
     number = 0
 
     def listen(self) -> None:
@@ -310,31 +306,7 @@ class StopSignal:
             return 0
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
-@dataclass
-class Run:
-    """What the loop works with."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    folder: Path
-    data: Data
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    sampler: EpochBatches
-    loader: DataLoader
-    transform: v2.Compose
-    mix: BatchCutMix | None
-    is_compiling: bool  # until the first step is done
-    state: RunState = field(default_factory=RunState)
-    stop: StopSignal = field(default_factory=StopSignal)
-    pending: list[Tensor] = field(default_factory=list)  # results of train_step to be settled
-    skipped: int = 0  # steps in a row that fp16's loss scaler skipped, halving its scale at each
-    lock: object = None  # on the main process, as is the writer
-    writer: SummaryWriter | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.sampler.batches // self.args.grad_accum_steps
+Run = SimpleNamespace  # what the loop works with; make_run lists its fields
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -425,7 +397,7 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     if run.accelerator.scaler and checkpoint["scaler"]:
         run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
     run.state = state = RunState(**checkpoint["state"])
-    if not state.epoch <= state.step / run.steps_per_epoch <= state.epoch + 1:
+    if not state.epoch <= state.step / run.steps <= state.epoch + 1:
         raise UserError(f"{path}: the number of steps of an epoch cannot change inside a run")
     if path.resolve().parent != run.folder.resolve():
         state.best_loss, state.best_epoch = math.inf, state.epoch  # best.pt stays where it was
@@ -438,7 +410,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     errors and images, and a number that is finite if loss and gradient are."""
     args, accelerator, state = run.args, run.accelerator, run.state
     for group in run.optimizer.param_groups:
-        group["lr"] = compute_lr(args, state.step, run.steps_per_epoch)
+        group["lr"] = compute_lr(args, state.step, run.steps)
     started = time.perf_counter()
     parts = [next(batches) for _ in range(args.grad_accum_steps)]  # uint8 (N, 3, H, W), (N,)
     state.data_seconds += time.perf_counter() - started
@@ -470,13 +442,15 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
 def train_epoch(run: Run) -> dict[str, float]:
     """Train to the end of the epoch or to --max-steps; return a row of metrics.csv. Raises UserError
     if a loss or gradient is not finite. A signal saves and ends the program."""
-    args, state, steps = run.args, run.state, run.steps_per_epoch
+    args, state, steps = run.args, run.state, run.steps
     first, end = state.epoch * steps, (state.epoch + 1) * steps
     end = min(end, args.max_steps or end)
     run.sampler.epoch, run.sampler.start = state.epoch, (state.step - first) * args.grad_accum_steps
     run.data.train.epoch = None if args.augment == "none" else state.epoch
     run.model.train()
-    bar = make_bar(state.epoch + 1, state.step - first, end - first)
+    bar = tqdm(desc=f"epoch {state.epoch + 1}", initial=state.step - first, total=end - first,
+               bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix} {remaining}", ncols=79,
+               leave=False, disable=not sys.stderr.isatty())  # fmt: skip
     batches = iter(run.loader) if state.step < end else iter(())
     while state.step < end:
         started = time.perf_counter()
@@ -524,13 +498,13 @@ def settle(run: Run) -> list[float]:
 
 def run_epochs(run: Run) -> None:
     """Train, validate, log and save, epoch by epoch, until the run is finished."""
-    args, state, data, steps = run.args, run.state, run.data, run.steps_per_epoch
+    args, state, data = run.args, run.state, run.data
     clean = make_transform(data.mean, data.std)
     batch_size = args.batch_size // args.grad_accum_steps // run.accelerator.num_processes
-    is_whole = True  # not if --max-steps ends inside an epoch
+    is_whole = True  # False if --max-steps ends inside an epoch
     while (
         is_whole and state.epoch < args.epochs
-        and not 0 < args.max_steps <= state.epoch * steps
+        and not 0 < args.max_steps <= state.epoch * run.steps
         and not 0 < args.patience <= state.epoch - state.best_epoch
     ):  # fmt: skip
         first = state.step
@@ -542,10 +516,9 @@ def run_epochs(run: Run) -> None:
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
                            batch_size, args.workers)  # fmt: skip
             check_validation(run, val.loss)
-            row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
-                    "val_top5_error": val.top5_error}  # fmt: skip
+            row |= {f"val_{name}": getattr(val, name) for name in ("loss", "top1_error", "top5_error")}
         log_epoch(run, row)
-        is_whole = state.step == (state.epoch + 1) * steps
+        is_whole = state.step == (state.epoch + 1) * run.steps
         is_best = row.get("val_loss", -math.inf) < state.best_loss
         names = ["best.pt"] if is_best and (is_whole or math.isinf(state.best_loss)) else []
         if is_whole:
@@ -556,7 +529,6 @@ def run_epochs(run: Run) -> None:
             if is_best:
                 state.best_loss, state.best_epoch = row.get("val_loss", math.inf), state.epoch
         save(run, *names)
-        run.accelerator.print(format_row(row, args.epochs), flush=True)
         if number := run.stop.agree(run.accelerator, wait=True):
             stop_run(run, number)
 
@@ -576,8 +548,6 @@ def stop_run(run: Run, number: int) -> None:
     run.accelerator.print(f"{name}: saved step {run.state.step}; {way_on}")
     run.accelerator.end_training()
     sys.exit(128 + number)
-
-# ---------------------------------------------------------------------------------------- logging
 
 PARTS = dict.fromkeys(("stem", "t1", "t2", "t3", "t4", "bridge"), "tail")
 PARTS |= dict.fromkeys(("b4", "b3", "b2"), "body")
@@ -606,12 +576,6 @@ def measure_speed(run: Run) -> dict[str, float]:
     return {"images_per_second": state.timed_steps * run.args.batch_size / seconds,
             "seconds": seconds, "data_wait": state.data_seconds / seconds}  # fmt: skip
 
-def make_bar(epoch: int, done: int, total: int) -> tqdm:
-    """Return a progress bar, which shows on a terminal only."""
-    form = "{desc} {bar} {n_fmt}/{total_fmt}{postfix} {remaining}"
-    return tqdm(desc=f"epoch {epoch}", initial=done, total=total, ncols=79, leave=False,
-                bar_format=form, disable=not sys.stderr.isatty())  # fmt: skip
-
 def log_step(run: Run, bar: tqdm, sums: list[float]) -> None:
     """Show the epoch's means on the bar, and log the last step's values to TensorBoard."""
     speed = measure_speed(run)
@@ -626,22 +590,20 @@ def log_step(run: Run, bar: tqdm, sums: list[float]) -> None:
             run.writer.add_scalar(name, value, run.state.step)
 
 def log_epoch(run: Run, row: dict[str, float]) -> None:
-    """Write metrics.csv, and log the validation to TensorBoard."""
-    if run.accelerator.is_main_process:
-        for name, value in row.items():
-            if name.startswith("val_"):
-                run.writer.add_scalar(name.replace("_", "/", 1), value, row["step"])
-        rows = [row.keys(), *(row.values() for row in (*run.state.history, row))]
-        text = "".join(",".join(map(str, values)) + "\n" for values in rows)
-        write_atomic(run.folder / "metrics.csv", text.encode())
-
-def format_row(row: dict[str, float], epochs: int) -> str:
-    """Return the line that the terminal shows of an epoch."""
-    line = f"epoch {row['epoch']:>3}/{epochs}"
+    """Write metrics.csv, log the validation to TensorBoard, and print a line."""
+    if not run.accelerator.is_main_process:
+        return
+    for name in ("val_loss", "val_top1_error", "val_top5_error"):
+        if name in row:
+            run.writer.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
+    rows = [row.keys(), *(row.values() for row in (*run.state.history, row))]
+    text = "".join(",".join(map(str, values)) + "\n" for values in rows)
+    write_atomic(run.folder / "metrics.csv", text.encode())
+    line = f"epoch {row['epoch']:>3}/{run.args.epochs}"
     for name in ("train", "val") if "val_loss" in row else ("train",):
         line += f"  {name} {row[f'{name}_loss']:.3f} {row[f'{name}_top1_error']:6.2%}"
     top5 = f" ({row['val_top5_error']:.2%})" if "val_loss" in row else ""
-    return f"{line}{top5}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s"
+    print(f"{line}{top5}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s", flush=True)
 
 # ----------------------------------------------------------------------------------------- set-up
 
@@ -669,13 +631,9 @@ def choose_folder(args: argparse.Namespace) -> Path:
     return folder
 
 def lock_folder(folder: Path) -> object:
-    """Make the run's folder, and keep other runs out while the returned file is open. Raises
-    UserError if another run is in it, or it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from None
+    """Make the run's folder, and keep other runs out of it while the returned file is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
     try:
         import fcntl  # not on Windows
 
@@ -688,7 +646,6 @@ def lock_folder(folder: Path) -> object:
 
 def load_same_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     """Load the data on every process. Raises UserError on all if it fails or differs on one."""
-    data = None
     with accelerator.local_main_process_first():  # one process downloads
         try:
             options = (args.val_fraction, args.seed, args.image_size)
@@ -734,30 +691,38 @@ def make_run(args: argparse.Namespace) -> Run:
     found = call_on_main(accelerator, find_checkpoint, args.resume, folder)
     data = load_same_data(args, accelerator)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
-    loader = DataLoader(
-        data.train, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
-        pin_memory=accelerator.device.type == "cuda",
-    )  # fmt: skip
+    loader = DataLoader(data.train, batch_sampler=sampler, num_workers=args.workers,
+                        collate_fn=collate, pin_memory=accelerator.device.type == "cuda")  # fmt: skip
     model = make_model(args, len(data.classes), accelerator)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
-    transform = make_transform(data.mean, data.std, args.augment, data.train)
-    mix = BatchCutMix(len(data.classes)) if args.augment == "cutmix" else None
-    run = Run(args, accelerator, folder, data, model, optimizer, sampler, loader, transform, mix,
-              is_compiling=args.compile)  # fmt: skip
+    run = Run(
+        args=args, accelerator=accelerator, folder=folder, data=data, model=model,
+        optimizer=optimizer, sampler=sampler, loader=loader, state=RunState(), stop=StopSignal(),
+        steps=sampler.batches // args.grad_accum_steps,  # of an epoch
+        transform=make_transform(data.mean, data.std, args.augment, data.train),
+        mix=BatchCutMix(len(data.classes)) if args.augment == "cutmix" else None,
+        pending=[],  # results of train_step that are not in state.sums yet
+        skipped=0,  # steps in a row that fp16's loss scaler skipped, halving its scale at each
+        is_compiling=args.compile,  # until the first step is done
+        lock=None, writer=None,  # on the main process alone
+    )  # fmt: skip
     if found:
         resume_run(run, *found)
-    call_on_main(accelerator, start_logging, run)
+    call_on_main(accelerator, start_writing, run)
     if found and found[0].resolve() != (folder / "last.pt").resolve():
         save(run, "last.pt")  # so that --resume auto continues from here
     return run
 
-def start_logging(run: Run) -> None:
+def start_writing(run: Run) -> None:
     """Lock the folder, write args.json, and open TensorBoard's events with augmented images."""
-    run.lock = lock_folder(run.folder)
+    try:
+        run.lock = lock_folder(run.folder)
+        run.writer = SummaryWriter(run.folder, purge_step=run.state.step + 1)
+    except OSError as error:
+        raise UserError(f"{run.folder}: {error.strerror}") from None
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, accelerate)}
     content = vars(run.args) | {"processes": run.accelerator.num_processes, "versions": versions}
     write_atomic(run.folder / "args.json", json.dumps(content, indent=2).encode())
-    run.writer = SummaryWriter(run.folder, purge_step=run.state.step + 1)
     if run.state.step == 0:
         run.writer.add_images("augmented", augment_first(run.data, run.args.augment, run.args.seed))
 
@@ -778,13 +743,13 @@ def main() -> None:
     try:
         run = make_run(args)
         run.stop.listen()
-        data, device = run.data, run.accelerator.device.type
+        data, accelerator = run.data, run.accelerator
         parameters = sum(p.numel() for p in run.model.parameters())
-        run.accelerator.print(
+        accelerator.print(
             f"{args.model}, {parameters:,} parameters; {args.dataset}, {len(data.train)} training "
-            f"and {len(data.val)} validation images\n{run.accelerator.num_processes} process(es) on "
-            f"{device}, precision {args.mixed_precision}, {run.steps_per_epoch} steps an epoch\n"
-            f"writes to {run.folder}"
+            f"and {len(data.val)} validation images\n{accelerator.num_processes} process(es) on "
+            f"{accelerator.device.type}, precision {args.mixed_precision}, {run.steps} steps an "
+            f"epoch\nwrites to {run.folder}"
         )
         run_epochs(run)
     except UserError as error:
@@ -799,8 +764,8 @@ def main() -> None:
     if (best := run.folder / "best.pt").exists():
         model = f" --model {args.model}" if ":" in args.model else ""
         split = "" if len(data.test) else " --split val"
-        run.accelerator.print(f"python evaluate.py {shlex.quote(str(best))}{model}{split}")
-    run.accelerator.end_training()
+        accelerator.print(f"python evaluate.py {shlex.quote(str(best))}{model}{split}")
+    accelerator.end_training()
 
 if __name__ == "__main__":
     main()
