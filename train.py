@@ -1,7 +1,7 @@
 """Train a network: one loop of our own, wrapped in Hugging Face Accelerate.
 
     accelerate launch train.py                                    # the slides' FishNet-99, CIFAR-10
-    accelerate launch train.py --recipe demo                      # no download, minutes on two cores
+    accelerate launch train.py --recipe demo                      # no download, for two CPU cores
     python train.py --output-dir runs/a --resume auto             # start, or continue, runs/a
     torchrun --nproc-per-node 8 train.py --recipe strong          # eight GPUs
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py  # two processes on the CPU
@@ -71,25 +71,17 @@ FREE = (
     "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override", "log_every",
 )  # fmt: skip
 
-# -------------------------------------------------------------------------------------- arguments
-
-class ModelArgs(argparse.Action):
-    """Add FIELD=VALUE ..., with values in Python's notation, to the recipe's model_args."""
-
-    def __call__(self, parser, namespace, values, option=None) -> None:
-        fields = dict(getattr(namespace, self.dest))
-        for name, _, value in (text.partition("=") for text in values):
-            try:
-                fields[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                fields[name] = value  # a word
-        setattr(namespace, self.dest, fields)
+def parse_field(text: str) -> tuple[str, object]:
+    """Split FIELD=VALUE; a value in Python's notation becomes that value, others stay words."""
+    name, _, value = text.partition("=")
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(value)
+    return name, value
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=RECIPES, default="baseline", help="sets the defaults")
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False, formatter_class=style)
+    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False)
     add, path = parser.add_argument, os.path.expanduser
     add("--dataset", choices=DATASETS, help="what to train on")
     add("--data-dir", type=path, default="data", help="of CIFAR, or of your train/ and val/")
@@ -98,8 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
     add("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
-    about_fields = "fields of FishNetConfig, such as k=4, or arguments of FUNCTION"
-    add("--model-args", nargs="+", action=ModelArgs, metavar="FIELD=VALUE", help=about_fields)
+    add("--model-args", nargs="+", type=parse_field, default=[], metavar="FIELD=VALUE",
+        help="fields of FishNetConfig, such as k=4, or arguments of FUNCTION")  # fmt: skip
     add("--pretrained", type=path, metavar="PATH", help="start from these weights")
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--epochs", type=int, help="length of the learning rate schedule")
@@ -124,12 +116,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", type=path, metavar="PATH|auto", help="auto: the newest one in --output-dir")
     add("--override", action="store_true", help="resume although flags changed")
     add("--log-every", type=int, default=10, help="steps between points in TensorBoard")
-    parser.set_defaults(**RECIPES[first.parse_known_args(argv)[0].recipe])
+    recipe = dict(RECIPES[first.parse_known_args(argv)[0].recipe])
+    fields = recipe.pop("model_args")
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     if args.dataset == "folder" and args.image_size is None:
         args.image_size = 224
-    if ":" in args.model and args.model_args == RECIPES[args.recipe]["model_args"]:
-        args.model_args = {}  # a recipe's are fields of FishNetConfig
+    # A recipe's fields are FishNetConfig's; a function of the user's own does not know them.
+    args.model_args = ({} if ":" in args.model else fields) | dict(args.model_args)
     return args
 
 def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -158,7 +152,7 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def prepare_machine(precision: str | None, accum_steps: int = 1) -> Accelerator:
     """Set up PyTorch for speed and exact repetition, and return the accelerator. Raises UserError
-    if several processes were started that cannot work together."""
+    if the processes cannot work together."""
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise barriers expect one GPU per process
     is_tf32 = precision == "tf32"
@@ -180,11 +174,9 @@ def prepare_machine(precision: str | None, accum_steps: int = 1) -> Accelerator:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         torch.set_flush_denormal(True)  # numbers under 1e-38 make arithmetic many times slower
         if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-            for option in (-1, -3):  # trim and mmap thresholds: page faults take a fifth of a step
-                mallopt(option, 2**31 - 1)
+            mallopt(-1, 2**31 - 1)  # keep freed memory: page faults would take a fifth of a step
+            mallopt(-3, 2**31 - 1)
     return accelerator
-
-# -------------------------------------------------------------------------------------- optimizer
 
 def compute_lr(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a step: linear warm-up, then --sched."""
@@ -272,9 +264,9 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     if args.opt == "sgd":
         return torch.optim.SGD(params, args.lr, 0.9, weight_decay=decay, nesterov=True)
     optimizer, dims = (torch.optim.AdamW, 2) if args.opt == "adamw" else (Muon, 4)
-    decayed, others = ([p for p in params if (p.ndim >= dims) == is_decayed] for is_decayed in (1, 0))
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return optimizer(groups, args.lr, weight_decay=decay)
+    decayed = {"params": [p for p in params if p.ndim >= dims], "weight_decay": decay}
+    others = {"params": [p for p in params if p.ndim < dims], "weight_decay": 0.0}
+    return optimizer([decayed, others], args.lr)
 
 @dataclass
 class RunState:
@@ -297,13 +289,11 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: setattr(self, "number", number))
 
-    def agree(self, accelerator: Accelerator, wait: bool) -> int:
+    def agree(self, accelerator: Accelerator, wait: bool = True) -> int:
         """Return the signal that any process got, or 0, the same on all, so that all stop together.
-        Asking GPUs means waiting for them, so without `wait` the answer there is 0."""
-        if accelerator.num_processes == 1:
-            return self.number
-        if accelerator.device.type != "cpu" and not wait:
-            return 0
+        That takes time, so several processes ask one another only if they may `wait`."""
+        if accelerator.num_processes == 1 or not wait:
+            return self.number if accelerator.num_processes == 1 else 0
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 Run = SimpleNamespace  # what the loop works with; make_run lists its fields
@@ -311,8 +301,7 @@ Run = SimpleNamespace  # what the loop works with; make_run lists its fields
 # ------------------------------------------------------------------------------------ checkpoints
 
 def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
-    """Write a file as a whole or not at all, and keep the old one as `keep_as`. Raises UserError if
-    the disk refuses."""
+    """Write a file as a whole or not at all, and keep the old one. Raises UserError if it fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -332,16 +321,15 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
 
 def describe(run: Run) -> dict:
     """Return what a run is, besides its flags; a resumed run must have the same."""
-    model = run.accelerator.unwrap_model(run.model)
-    config = run.args.model_args | {"num_classes": len(run.data.classes)}
-    if is_dataclass(getattr(model, "config", None)):
-        config = asdict(model.config)
+    config = getattr(run.accelerator.unwrap_model(run.model), "config", None)
+    own = run.args.model_args | {"num_classes": len(run.data.classes)}
     images = {"train": len(run.data.train), "val": len(run.data.val)}
-    return {"config": config, "images": images, "classes": list(run.data.classes)}
+    return {"config": asdict(config) if is_dataclass(config) else own, "images": images,
+            "classes": list(run.data.classes)}  # fmt: skip
 
 def save(run: Run, *names: str) -> None:
-    """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on every
-    process. Raises UserError if a step since the last save was not finite."""
+    """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on all
+    processes. Raises UserError if a step since the last save was not finite."""
     settle(run)
     if not run.accelerator.is_main_process:
         return
@@ -372,7 +360,7 @@ def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | Non
                 path.replace(f"{path}.damaged")
                 print(f"{error}; renamed to {path.name}.damaged", flush=True)
     if any(folder.glob("*.pt*")):
-        raise UserError(f"{folder}: no whole last.pt is left; give --resume PATH, or another folder")
+        raise UserError(f"{folder}: no whole last.pt is left; use --resume PATH or another folder")
     return None
 
 def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
@@ -380,20 +368,19 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     own, optimizer, model = describe(run), run.optimizer, run.accelerator.unwrap_model(run.model)
     if (checkpoint["classes"], checkpoint["args"]["opt"]) != (own["classes"], run.args.opt):
         raise UserError(f"{path} was trained with other classes or another --opt")
-    flags = {name: value for name, value in vars(run.args).items() if name not in FREE}
-    wanted = flags | own["config"] | {"images": own["images"]}
+    wanted = {name: value for name, value in vars(run.args).items() if name not in FREE}
+    wanted |= own["config"] | {"images": own["images"]}
     found = checkpoint["args"] | checkpoint["config"] | {"images": checkpoint["images"]}
-    names = [name for name, value in wanted.items() if found.get(name) != value]
-    if names and not run.args.override:
-        changes = ", ".join(f"{name} {found.get(name)} -> {wanted[name]}" for name in names)
+    changes = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k) != v]
+    if changes and not run.args.override:
         way_on = "repeat its flags, or add --override to continue with the new ones"
-        raise UserError(f"{path} was trained with different settings: {changes}; {way_on}")
+        raise UserError(f"{path}: trained with different settings: {', '.join(changes)}; {way_on}")
     check_weights(model, checkpoint["model"], path)
     model.load_state_dict(checkpoint["model"])
-    values = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, new in zip(optimizer.param_groups, values):
-        group.update(new)  # with --override they may differ from the checkpoint's
+    for group, decay in zip(optimizer.param_groups, decays):
+        group["weight_decay"] = decay  # with --override it may differ; the rate is set in each step
     if run.accelerator.scaler and checkpoint["scaler"]:
         run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
     run.state = state = RunState(**checkpoint["state"])
@@ -406,7 +393,7 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
 # --------------------------------------------------------------------------------------- the loop
 
 def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-    """Do one optimizer step on a global batch. Returns this process's (4,): the sums of losses,
+    """Do one optimizer step on a global batch. Return this process's (4,): the sums of losses,
     errors and images, and a number that is finite if loss and gradient are."""
     args, accelerator, state = run.args, run.accelerator, run.state
     for group in run.optimizer.param_groups:
@@ -440,8 +427,8 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([sums, (sums[0] if is_skipped else sums[0] + norm)[None]])
 
 def train_epoch(run: Run) -> dict[str, float]:
-    """Train to the end of the epoch or to --max-steps; return a row of metrics.csv. Raises UserError
-    if a loss or gradient is not finite. A signal saves and ends the program."""
+    """Train to the end of the epoch or to --max-steps; return a row of metrics.csv. A signal saves
+    and ends the program. Raises UserError if a loss or gradient is not finite."""
     args, state, steps = run.args, run.state, run.steps
     first, end = state.epoch * steps, (state.epoch + 1) * steps
     end = min(end, args.max_steps or end)
@@ -449,8 +436,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     run.data.train.epoch = None if args.augment == "none" else state.epoch
     run.model.train()
     bar = tqdm(desc=f"epoch {state.epoch + 1}", initial=state.step - first, total=end - first,
-               bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix} {remaining}", ncols=79,
-               leave=False, disable=not sys.stderr.isatty())  # fmt: skip
+               ncols=79, leave=False, disable=not sys.stderr.isatty())  # fmt: skip
     batches = iter(run.loader) if state.step < end else iter(())
     while state.step < end:
         started = time.perf_counter()
@@ -474,7 +460,6 @@ def train_epoch(run: Run) -> dict[str, float]:
         if stopped or (is_due and state.step < end):
             save(run, "last.pt")
         if stopped:
-            bar.close()
             stop_run(run, stopped)
     bar.close()
     loss, errors, images = state.sums
@@ -486,9 +471,9 @@ def train_epoch(run: Run) -> dict[str, float]:
 def settle(run: Run) -> list[float]:
     """Add pending results of train_step to the sums of the epoch; return those of the last step.
     Raises UserError, on all processes, if one of them is not finite."""
-    sums = []
-    results = run.accelerator.reduce(torch.stack(run.pending), "sum").tolist() if run.pending else []
-    run.pending.clear()
+    sums, pending = [], run.pending
+    results = run.accelerator.reduce(torch.stack(pending), "sum").tolist() if pending else []
+    pending.clear()
     for step, (*sums, check) in enumerate(results, run.state.step - len(results) + 1):
         if not math.isfinite(check) or run.skipped > 20:
             reason = f"the loss or its gradient is not finite at step {step}"
@@ -515,8 +500,10 @@ def run_epochs(run: Run) -> None:
             broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
                            batch_size, args.workers)  # fmt: skip
-            check_validation(run, val.loss)
-            row |= {f"val_{name}": getattr(val, name) for name in ("loss", "top1_error", "top5_error")}
+            if not math.isfinite(val.loss):
+                reject_last(run)
+            row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
+                    "val_top5_error": val.top5_error}  # fmt: skip
         log_epoch(run, row)
         is_whole = state.step == (state.epoch + 1) * run.steps
         is_best = row.get("val_loss", -math.inf) < state.best_loss
@@ -525,27 +512,25 @@ def run_epochs(run: Run) -> None:
             names.append("last.pt")
             state.epoch += 1
             state.history.append(row)
-            state.sums, state.seconds, state.data_seconds, state.timed_steps = [0.0] * 3, 0.0, 0.0, 0
+            state.sums, state.seconds, state.data_seconds, state.timed_steps = [0.0] * 3, 0, 0, 0
             if is_best:
                 state.best_loss, state.best_epoch = row.get("val_loss", math.inf), state.epoch
         save(run, *names)
-        if number := run.stop.agree(run.accelerator, wait=True):
+        if number := run.stop.agree(run.accelerator):
             stop_run(run, number)
 
-def check_validation(run: Run, loss: float) -> None:
-    """Raise UserError if the validation loss is not finite. last.pt, which led there, is set aside,
-    so that --resume auto takes the one before it."""
-    if not math.isfinite(loss):
-        if run.accelerator.is_main_process:
-            (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
-        way_on = "lower --lr, with --resume auto --override"
-        raise UserError(f"the validation loss is not finite after step {run.state.step}: {way_on}")
+def reject_last(run: Run) -> None:
+    """Rename a last.pt of which the validation loss is not finite, and raise UserError: --resume
+    auto then takes the checkpoint before it."""
+    if run.accelerator.is_main_process:
+        (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
+    way_on = "lower --lr, with --resume auto --override"
+    raise UserError(f"the validation loss is not finite after step {run.state.step}: {way_on}")
 
 def stop_run(run: Run, number: int) -> None:
     """Say how to continue, and exit with the code that belongs to a signal."""
-    name, folder = signal.Signals(number).name, shlex.quote(str(run.folder))
-    way_on = f"continue with --output-dir {folder} --resume auto"
-    run.accelerator.print(f"{name}: saved step {run.state.step}; {way_on}")
+    way_on = f"continue with --output-dir {shlex.quote(str(run.folder))} --resume auto"
+    run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; {way_on}")
     run.accelerator.end_training()
     sys.exit(128 + number)
 
@@ -556,22 +541,20 @@ PARTS |= dict.fromkeys(("h1", "h2", "h3", "h4", "pool", "fc"), "head")
 def measure_gradient(run: Run) -> Tensor:
     """Return the norm of the gradient. Log that of tail, body and head, and clip to --clip-grad."""
     run.accelerator.unscale_gradients()
-    named = run.accelerator.unwrap_model(run.model).named_parameters()
-    gradients = {name: p.grad for name, p in named if p.grad is not None}
-    step, parts = run.state.step + 1, defaultdict(list)
-    if run.writer and step % run.args.log_every == 0:
-        for name, gradient in gradients.items():
-            parts[PARTS.get(name.partition(".")[0], "others")].append(gradient)
-    for part, values in parts.items():
-        norm = nn.utils.get_total_norm(values)
+    parts, step = defaultdict(list), run.state.step + 1
+    for name, p in run.accelerator.unwrap_model(run.model).named_parameters():
+        if p.grad is not None:
+            parts[PARTS.get(name.partition(".")[0], "others")].append(p.grad)
+    for part, gradients in parts.items() if run.writer and step % run.args.log_every == 0 else ():
+        norm = nn.utils.get_total_norm(gradients)
         run.writer.add_scalar(f"gradient_norm/{part}", float(norm), step)
-    norm = nn.utils.get_total_norm(gradients.values())
+    norm = nn.utils.get_total_norm([gradient for part in parts.values() for gradient in part])
     if run.args.clip_grad:
         nn.utils.clip_grads_with_norm_(run.model.parameters(), run.args.clip_grad, norm)
     return norm
 
 def measure_speed(run: Run) -> dict[str, float]:
-    """Return images/s, seconds, and the part of them that waits for data, of this epoch so far."""
+    """Return images/s, seconds and the part of them that waits for data, of the epoch so far."""
     state, seconds = run.state, max(run.state.seconds, 1e-9)
     return {"images_per_second": state.timed_steps * run.args.batch_size / seconds,
             "seconds": seconds, "data_wait": state.data_seconds / seconds}  # fmt: skip
@@ -620,15 +603,16 @@ def call_on_main(accelerator: Accelerator, function: Callable, *args: object) ->
         raise result
     return result
 
-def choose_folder(args: argparse.Namespace) -> Path:
-    """Return the folder of the run. Raises UserError if it holds another run."""
+def find_run(args: argparse.Namespace) -> tuple[Path, tuple[Path, dict] | None]:
+    """Return the folder of the run, and the path and content of the checkpoint to continue from.
+    Raises UserError if the folder holds another run."""
     name = f"{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}".replace(":", "-")
     own = Path(args.resume).parent if args.resume and args.resume != "auto" else None
     folder = Path(args.output_dir or own or f"runs/{name}")
     is_continued = args.resume == "auto" or (own and own.resolve() == folder.resolve())
     if any(folder.glob("*.pt")) and not is_continued:
         raise UserError(f"{folder}: holds a run; add --resume auto, or take another --output-dir")
-    return folder
+    return folder, find_checkpoint(args.resume, folder)
 
 def lock_folder(folder: Path) -> object:
     """Make the run's folder, and keep other runs out of it while the returned file is open."""
@@ -686,13 +670,12 @@ def make_run(args: argparse.Namespace) -> Run:
     if args.mixed_precision != "tf32":
         args.mixed_precision = accelerator.mixed_precision
     check_args(args, accelerator)
-    folder = call_on_main(accelerator, choose_folder, args)
+    folder, found = call_on_main(accelerator, find_run, args)
     args.output_dir = str(folder)
-    found = call_on_main(accelerator, find_checkpoint, args.resume, folder)
     data = load_same_data(args, accelerator)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(data.train, batch_sampler=sampler, num_workers=args.workers,
-                        collate_fn=collate, pin_memory=accelerator.device.type == "cuda")  # fmt: skip
+                        collate_fn=collate, pin_memory=torch.cuda.is_available())  # fmt: skip
     model = make_model(args, len(data.classes), accelerator)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
     run = Run(
@@ -724,7 +707,8 @@ def start_writing(run: Run) -> None:
     content = vars(run.args) | {"processes": run.accelerator.num_processes, "versions": versions}
     write_atomic(run.folder / "args.json", json.dumps(content, indent=2).encode())
     if run.state.step == 0:
-        run.writer.add_images("augmented", augment_first(run.data, run.args.augment, run.args.seed))
+        images = augment_first(run.data, run.args.augment, run.args.seed)
+        run.writer.add_images("augmented", images)
 
 def explain(error: RuntimeError | MemoryError) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
