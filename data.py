@@ -55,9 +55,8 @@ IMAGENET_EIGENVECTORS = torch.tensor(
 )
 CENTRE_RATIO = 0.875  # validation sees this part of the short side of a folder's image
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-IMAGE_SUFFIXES = (
-    ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm")
+IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
 
 class ImageSet(Dataset):
     """Images uint8 (N, 3, H, W) in memory, and their labels int64 (N,)."""
@@ -152,15 +151,14 @@ def read_pickle(path: Path) -> dict:
 
 def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return images uint8 (N, 3, 32, 32) and labels int64 (N,) of a batch file."""
-    content = read_pickle(path)
-    data, labels = content.get(b"data"), content.get(label_key)
+    data, labels = map(read_pickle(path).get, (b"data", label_key))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
         raise UserError(f"{path}: 'data' is not an array uint8 (N, 3072)")
     labels, expected = np.asarray(labels), f"{len(data)} integers from 0 to {num_classes - 1}"
     is_list = labels.shape == data.shape[:1] and labels.dtype.kind == "i" and len(labels)
     if not is_list or labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(f"{path}: {label_key.decode()!r} is not a list of {expected}")
-    return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.from_numpy(labels)
+    return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.tensor(labels.tolist())
 
 def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """Return (train, test, class names), downloaded if the folder is not there."""
@@ -174,6 +172,8 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
             raise UserError(f"{folder}: download failed ({error}); unpack {source.url} into "
                             f"{data_dir}, or try --dataset shapes") from None  # fmt: skip
     names = read_pickle(folder / source.meta["filename"]).get(source.meta["key"].encode())
+    if not isinstance(names, list):
+        raise UserError(f"{folder / source.meta['filename']}: has no list of class names")
     for files in (source.train_list, source.test_list):
         batches = [read_batch(folder / file, label_key, len(names)) for file, _ in files]
         sets.append(ImageSet(*(torch.cat(parts) for parts in zip(*batches))))
@@ -235,8 +235,8 @@ class FolderSet(ImageFolder):
         self.labels = torch.tensor(self.targets, dtype=torch.int64)
         counts = self.labels.bincount(minlength=len(self.classes)).tolist()
         if 0 in counts:
-            empty = root / self.classes[counts.index(0)]
-            raise UserError(f"{empty}: no images ({' '.join(IMAGE_SUFFIXES)}); fill or remove it")
+            empty, suffixes = root / self.classes[counts.index(0)], " ".join(IMAGE_SUFFIXES)
+            raise UserError(f"{empty}: no images ({suffixes}); fill or remove this folder")
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
         names = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and p.name[0] != ".")
@@ -273,12 +273,12 @@ def centre_crop(image: Tensor, size: int, ratio: float = CENTRE_RATIO) -> Tensor
 def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: float) -> Data:
     """Load root/train, root/val (or a part of train) and root/test (or nothing)."""
     splits = {"train": (train := FolderSet(root / "train", size, ratio, seed))}
-    for split in ("val", "test"):
+    for split in ("valid", "val", "test"):
         if (root / split).exists():
-            splits[split] = FolderSet(root / split, size, ratio, seed)
-            other = set(splits[split].classes) ^ set(train.classes)
-            if other:
+            images = FolderSet(root / split, size, ratio, seed)
+            if other := sorted(set(images.classes) ^ set(train.classes)):
                 raise UserError(f"{root / split}: other classes than train: {', '.join(other)}")
+            splits["val" if split == "valid" else split] = images
     splits.setdefault("test", train.subset(torch.arange(0)))
     if "val" not in splits:
         counts = train.labels.bincount().tolist()
@@ -604,7 +604,7 @@ def main() -> None:
     if not (args.grid or args.stats or args.check):
         parser.error("nothing to do: give --grid PNG, --stats or --check")
     if args.check and args.dataset != "folder":
-        parser.error("--check: reads image files, give --dataset folder")
+        parser.error("--check: give --dataset folder")
     try:
         data = load_data(args.dataset, args.data_dir, val_fraction=0)
         if args.grid:

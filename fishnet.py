@@ -46,7 +46,7 @@ class UserError(ValueError):
     """An error that the user can mend. The programs print its message as one line and exit."""
 
     def __str__(self) -> str:  # a data worker hands an error on with its whole traceback
-        return super().__str__().rpartition("\n")[2].removeprefix("fishnet.UserError: ")
+        return super().__str__().rstrip().rpartition("\n")[2].removeprefix("fishnet.UserError: ")
 
 # ------------------------------------------------------------------------------- units and stages
 
@@ -502,7 +502,7 @@ CONFIGS = {
     "fishnet99": FishNetConfig(),
     "fishnet150": FishNetConfig((64, 128, 256, 512), (3, 4, 6, 3), (2, 3, 2), (3, 4, 6, 3)),
     "fishnet73": FishNetConfig(tail_depths=(1, 1, 1, 1)),  # [S]'s name; it has 66 layers
-    "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),  # [S]'s idea
+    "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),  # [S]
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),  # [S]
     "fishnet_tiny": FishNetConfig(  # ours, for two CPU cores; see docs/results.md
         (64, 128, 256, 256), (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0), transfer_depths=(0,) * 7, k=8,
@@ -534,7 +534,7 @@ def create_model(name: str, /, **overrides: object) -> nn.Module:
     return FishNet(config) if config.head_depths else ResNet(config)
 
 def zero_init_last(model: nn.Module) -> None:
-    """Zero the last layer of each branch: units start as their shortcuts. Goyal et al. 2017, 5.1."""
+    """Zero the last layer of each branch: units start as shortcuts. Goyal et al. 2017, 5.1."""
     for module in model.modules():
         if isinstance(module, (ResidualUnit, SEResidualUnit, Refine)):
             last = module.branch.conv3 if module.branch.preact else module.branch.bn3

@@ -48,12 +48,13 @@ aten = torch.ops.aten
 MAC_OPERATORS = (aten.convolution, aten.mm, aten.addmm)  # PyTorch counts 2 FLOPs for a MAC
 # What the slides count besides: functions of the shapes of an operator's arguments and output.
 SLIDES_OPERATORS = {
-    aten._native_batch_norm_legit_no_training: lambda x, *args, out_shape, **kwargs: 4 * math.prod(x),
+    aten._native_batch_norm_legit_no_training: lambda x, *args, **kwargs: 4 * math.prod(x),
     aten.relu: lambda x, out_shape, **kwargs: 2 * math.prod(out_shape),
     aten.relu_: lambda x, out_shape, **kwargs: 2 * math.prod(out_shape),
     aten.max_pool2d_with_indices: lambda x, *args, out_shape, **kwargs: 2 * math.prod(x),
     aten.mean: lambda x, *args, out_shape, **kwargs: 2 * math.prod(x),  # average pools
-    aten._unsafe_index: lambda *args, out_shape, **kwargs: 2 * math.prod(out_shape),  # upsampling
+    # PyTorch turns an upsampling into an index.
+    aten._unsafe_index: lambda *args, out_shape, **kwargs: 2 * math.prod(out_shape),
 }
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def make_image(model: nn.Module, size: int | None) -> Tensor:
     return torch.empty(1, model.config.in_channels if is_ours else 3, size, size, device="meta")
 
 def to_meta(model: nn.Module) -> nn.Module:
-    """Return a copy without values, in evaluation mode, where batch norm takes a single pixel, too."""
+    """Return a copy without values, in evaluation mode, where batch norm takes single pixels."""
     return copy.deepcopy(model).to("meta", torch.float32).eval().requires_grad_()
 
 def run_counted(model: nn.Module, image: Tensor) -> FlopCounterMode:
@@ -151,7 +152,7 @@ def count_stages(model: FishNet | ResNet, image_size: int | None = None) -> list
             stage=stage,
             size=side // stride,
             blocks=sum(count_modules(m, Bottleneck, ("transfer", "refine")) for m in modules),
-            layers=sum(count_modules(m, nn.Conv2d, ("transfer", "shortcut", "fc")) for m in modules),
+            layers=sum(count_modules(m, nn.Conv2d, ("transfer", "shortcut")) for m in modules),
             params=sum(map(count_params, modules)),
             macs=sum(macs),
         ))  # fmt: skip
@@ -172,19 +173,23 @@ def find_i_convs(model: FishNet | ResNet) -> list[str]:
 
 def print_networks(counts: dict[str, Counts]) -> None:
     width = max(20, *(len(name) + 1 for name in counts))
-    print(f"{'network':<{width}}{'parameters':>11} {'MACs, M':>12} {'FLOPs, M':>12} {'activations, MiB':>17}")
+    head = f"{'parameters':>11} {'MACs, M':>12} {'FLOPs, M':>12} {'activations, MiB':>17}"
+    print(f"{'network':<{width}}{head}")
     for name, c in counts.items():
-        memory = c.activation_bytes / 2**20
-        print(f"{name:<{width}}{c.params:>11,} {c.macs / 1e6:>12,.2f} {c.flops / 1e6:>12,.2f} {memory:>17,.2f}")
+        millions = f"{c.macs / 1e6:>12,.2f} {c.flops / 1e6:>12,.2f}"
+        print(f"{name:<{width}}{c.params:>11,} {millions} {c.activation_bytes / 2**20:>17,.2f}")
 
 def print_stages(rows: list[StageCounts], i_convs: list[str]) -> None:
     print(f"{'stage':<8}{'size':>6}{'blocks':>9}{'layers':>9}{'parameters':>15} {'MACs, M':>15}")
     for r in rows:
-        print(f"{r.stage:<8}{r.size:>6}{r.blocks:>9}{r.layers:>9}{r.params:>15,} {r.macs / 1e6:>15,.2f}")
-    layers, params, macs = (sum(getattr(r, name) for r in rows) for name in ("layers", "params", "macs"))
-    print(f"{'sum':<8}{'':>15}{layers:>9}{params:>15,} {macs / 1e6:>15,.2f}")
+        left = f"{r.stage:<8}{r.size:>6}{r.blocks:>9}"
+        print(f"{left}{r.layers:>9}{r.params:>15,} {r.macs / 1e6:>15,.2f}")
+    layers = sum(r.layers for r in rows)
+    params, macs = sum(r.params for r in rows), sum(r.macs for r in rows)
+    print(f"{'sum':<23}{layers:>9}{params:>15,} {macs / 1e6:>15,.2f}")
     print("Layers: without shortcuts, transfer blocks and the classifier, fc.")
-    print(textwrap.fill(f"{len(i_convs)} I-convs: {', '.join(i_convs)}.", 79, subsequent_indent="  "))
+    text = f"{len(i_convs)} I-convs: {', '.join(i_convs)}."
+    print(textwrap.fill(text, 79, subsequent_indent="  "))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count parameters, arithmetic and memory.")

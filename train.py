@@ -214,9 +214,9 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum that orthogonalizes the update of each convolution. A weight
-    (C_out, C_in, k, k) is a matrix of C_out rows. Its update becomes as large in directions in which
-    the gradient is small as in others, so these learn as fast. Weight decay is decoupled. Jordan et
-    al. 2024, https://kellerjordan.github.io/posts/muon."""
+    (C_out, C_in, k, k) is a matrix of C_out rows. Its update gets as large in directions of small
+    gradients as in others, so these learn as fast. Weight decay is decoupled. Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon."""
 
     def __init__(self, params: Iterable, lr: float, momentum=0.9, weight_decay=0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -374,7 +374,8 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     changes = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k) != v]
     if changes and not run.args.override:
         way_on = "repeat its flags, or add --override to continue with the new ones"
-        raise UserError(f"{path}: trained with different settings: {', '.join(changes)}; {way_on}")
+        settings = f"different settings: {', '.join(changes)}"
+        raise UserError(f"{path} was trained with {settings}; {way_on}")
     check_weights(model, checkpoint["model"], path)
     model.load_state_dict(checkpoint["model"])
     decays = [group["weight_decay"] for group in optimizer.param_groups]

@@ -68,7 +68,8 @@ INSIDE_UNITS = (  # applied after the beginning of a name is ours; all but the l
 )
 
 def rename(name: str, table: dict[str, str]) -> str:
-    """Return our name for a weight, or the name as it is if it is not in the table."""
+    """Return our name for a weight, or the same name if the table does not have it. Of several
+    beginnings that fit, the longest counts."""
     start = max(filter(name.startswith, table), key=len, default="")
     if not start:
         return name

@@ -24,13 +24,15 @@ import train
 from evaluate import load_pretrained
 from fishnet import FishNetFPN, UserError, create_model
 
+README = (ROOT / "README.md").read_text()
+GOLDEN = json.loads(Path(__file__).with_name("golden_pretrained.json").read_text())
+SOURCE = create_model("fishnet_tiny").state_dict()
+
 # --------------------------------------------------------------------------- weights from elsewhere
 
-# The next functions write down the names of layers in the files of two other implementations. Each
-# weight gets numbers that follow from its name there, and golden_pretrained.json has the logits
-# that those implementations compute from these numbers. So a weight that is converted to a wrong
-# name, or a name that their files do not have, changes the logits.
-GOLDEN = json.loads(Path(__file__).with_name("golden_pretrained.json").read_text())
+# The next functions write down the names of weights in the files of two other implementations.
+# Each weight gets numbers that follow from its name there, and golden_pretrained.json has the
+# logits that those implementations compute from them. So a wrong name changes the logits.
 DEPTHS = {  # units of the ten stages, and of the six transfer blocks
     "fishnet99_imagenet": ((2, 2, 6, 2, 1, 1, 1, 1, 2, 2), (1, 1, 1, 1, 1, 4)),
     "fishnet150_imagenet": ((2, 4, 8, 4, 2, 2, 2, 2, 2, 4), (2, 2, 2, 2, 2, 4)),
@@ -69,12 +71,9 @@ def make_numbers(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return numbers that follow from a weight's name, of a size that suits its kind."""
     draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) > 1:
-        draw *= np.sqrt(2 * shape[0] / draw.size)
-    elif name.endswith("running_var"):
-        draw = np.exp(draw / 10)
-    else:
-        draw = draw / 10 + name.endswith("weight")
-    return torch.from_numpy(draw).float()
+        return torch.from_numpy(draw * np.sqrt(2 * shape[0] / draw.size)).float()
+    is_variance, is_weight = name.endswith("running_var"), name.endswith("weight")
+    return torch.from_numpy(np.exp(draw / 10) if is_variance else draw / 10 + is_weight).float()
 
 def make_file(name: str, layers: list[str], table: dict[str, str]) -> dict[str, torch.Tensor]:
     """Return a state_dict with the names of the layers and the shapes of our network."""
@@ -116,8 +115,7 @@ def test_converted_weights_give_the_logits_of_their_network(tmp_path, monkeypatc
     # PyTorch writes the old file as it did in 2018.
     torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=form != "authors")
     run_converter(monkeypatch, tmp_path / "old.pt", tmp_path / "new.pt")
-    command = capsys.readouterr().out.splitlines()[-1].partition("train.py ")[2]
-    args = train.parse_args(shlex.split(command))
+    args = train.parse_args(shlex.split(capsys.readouterr().out.splitlines()[-1])[2:])
     model = create_model(args.model, num_classes=classes)
     assert args.model == name and "new," not in load_pretrained(model, args.pretrained)
     image = torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, 224, 224))).float()
@@ -135,8 +133,8 @@ class Touch:
     ("content", "message"),
     [
         ({"fish.fish.3.1.weight": Touch()}, ".*(other|more) than tensors"),
-        ({"state_dict": 1}, "holds no state_dict"),
-        ({"layer1.0.conv1.weight": torch.zeros(1)}, "holds no weights of the paper's authors"),
+        ([torch.zeros(1)], "holds no state_dict"),
+        ({"model": "resnet", "state_dict": {"conv1.weight": torch.zeros(1)}}, "holds no weights"),
         ({"fish.fish.3.1.weight": torch.zeros(1)}, "does not fit fishnet99_imagenet, .*is missing"),
     ],
 )
@@ -145,12 +143,9 @@ def test_other_files_are_refused_in_one_line(tmp_path, monkeypatch, content, mes
     torch.save(content, "old.pt", _use_new_zipfile_serialization=is_zip)
     with pytest.raises(SystemExit, match=rf"^convert_weights\.py: old\.pt: {message}.*$"):
         run_converter(monkeypatch, "old.pt", "new.pt")
-    command = r"python examples/convert_weights\.py old\.pt OUT\.pt"
-    with pytest.raises(UserError, match=rf"old\.pt: .*not this project's.*{command}$"):
+    with pytest.raises(UserError, match=r"python examples/convert_weights\.py old\.pt OUT\.pt$"):
         load_pretrained(create_model("fishnet_tiny"), "old.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["old.pt"]
-
-SOURCE = create_model("fishnet_tiny").state_dict()
 
 def test_another_number_of_classes_leaves_the_classifier_alone(tmp_path):
     torch.save({"model": SOURCE}, tmp_path / "file.pt")
@@ -164,11 +159,10 @@ def test_another_number_of_classes_leaves_the_classifier_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("stem.0.weight"), "1 weights .*: stem.0.weight is missing$"),
         (lambda state: state.update(other=torch.zeros(1)), ".* other is not the model's$"),
         (lambda state: state.update({"fc.weight": torch.zeros(10, 7)}), r".*\(10, 7\), expected"),
         (lambda state: state["fc.weight"].fill_(torch.nan), ".* fc.weight is not finite$"),
-        (lambda state: [state.pop(key) for key in list(state)[:9]], "9 weights [^;]*(;[^;]*){2}$"),
+        (lambda state: list(map(state.pop, list(state)[:9])), "9 weights .* missing(;[^;]*){2}$"),
     ],
 )
 def test_misfits_are_listed_and_change_nothing(tmp_path, change, message):
@@ -191,8 +185,6 @@ def test_a_damaged_file_is_named(tmp_path):
 
 # ---------------------------------------------------------------------------- README and programs
 
-README = (ROOT / "README.md").read_text()
-
 def test_the_readmes_python_runs_and_has_its_sizes():
     names = {}
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
@@ -212,15 +204,14 @@ def test_the_readmes_commands_of_train_py_have_its_flags():
 @pytest.mark.parametrize("program", ["train", "evaluate", "data", "flops", "convert_weights"])
 def test_help(program, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{program}.py", "--help"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         importlib.import_module(program).main()
     assert capsys.readouterr().out.startswith(f"usage: {program}.py ")
 
 def test_fishnet_py_needs_no_other_file(tmp_path):
     shutil.copy(ROOT / "fishnet.py", tmp_path)
     process = start_python(1, "-c", "import fishnet; print(fishnet.__file__)", cwd=tmp_path)
-    out = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and str(tmp_path) in out, out
+    assert str(tmp_path / "fishnet.py") in process.communicate(timeout=300)[0]
 
 def test_create_model_calls_your_own_function(tmp_path, monkeypatch):
     (tmp_path / "own_networks.py").write_text("def make(**overrides):\n    return overrides\n")
@@ -253,7 +244,6 @@ def draw_scene(seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def test_a_detector_trains_and_detects():
     torch.manual_seed(0)
     backbone = FishNetFPN(create_model("fishnet_tiny"), out_channels=32)
-    before = copy.deepcopy(backbone.model.pool.state_dict())
     model = MaskRCNN(backbone, 2, 64, 64, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=50)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     images, targets = zip(*(draw_scene(seed) for seed in range(2)))
@@ -267,7 +257,7 @@ def test_a_detector_trains_and_detects():
     unused = {name for name, p in backbone.named_parameters() if p.grad is None}
     assert unused == {"model.fc.weight", "model.pool.0.weight", "model.pool.0.bias"}
     assert all(p.requires_grad == (name not in unused) for name, p in backbone.named_parameters())
-    assert all(torch.equal(x, before[key]) for key, x in backbone.model.pool.state_dict().items())
+    assert backbone.model.pool[0].num_batches_tracked == 0
     with torch.no_grad():
         found = model.eval()(list(images))
     assert all(x["boxes"].shape[1:] == (4,) and x["masks"].shape[2:] == (64, 64) for x in found)
@@ -279,9 +269,7 @@ def test_a_head_on_the_finest_map_segments_without_the_later_stages(tmp_path):
         stage.register_forward_hook(lambda *_, name=name: calls.add(name))
         stage.requires_grad_(name not in ("h2", "h3", "h4", "pool", "fc"))
     model.head = nn.Conv2d(model.feature_info["H1"].channels, 1, 1)
-    model.forward = lambda x: F.interpolate(
-        model.head(model.forward_features(x, names=("H1",))["H1"]), scale_factor=2
-    )
+    model.forward = lambda x: model.head(model.forward_features(x, names=("H1",))["H1"])
     images, targets = zip(*(draw_scene(seed) for seed in range(4)))
     images, masks = torch.stack(images), torch.stack([target["masks"] for target in targets])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -290,7 +278,7 @@ def test_a_head_on_the_finest_map_segments_without_the_later_stages(tmp_path):
     try:  # DistributedDataParallel raises if a weight that is not frozen gets no gradient
         wrapped = nn.parallel.DistributedDataParallel(model)
         for _ in range(20):
-            scores = wrapped(images)
+            scores = F.interpolate(wrapped(images), scale_factor=2)
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(scores, masks).backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""The data against files written here, numpy's formulas, and torchvision image by image."""
+"""Test data.py against files written here, numpy's formulas, and torchvision image by image."""
 
 import itertools
 import pickle

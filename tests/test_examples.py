@@ -1,215 +1,200 @@
-"""examples/: the study's table and the roofline by hand, the detectors' average precision against numpy."""
+"""examples/: tables against arithmetic by hand, detection against numpy, programs in short runs."""
 
-import csv
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
+import benchmark
 import numpy as np
-import plain
 import pytest
-import resnet18
-import roofline
 import study
 import torch
-import torchvision
+from accelerate import Accelerator
 from conftest import start_python
 from detect_figures import average_precision, draw_scene, evaluate, mask_iou
+from resnet18 import resnet18
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import data
-from fishnet import create_model
-from flops import count, make_image, make_step
+import fishnet
+from flops import count
 
-
-def write_run(folder, error, norms):
-    """What summarise reads of a run: the last row of metrics.csv, and norms of the gradient by part."""
+def write_run(folder, error, parts):
+    folder.mkdir()
     with SummaryWriter(folder) as writer:
-        for part, values in norms.items():
-            for i, value in enumerate(values):
-                writer.add_scalar(f"gradient_norm/{part}", value, 10 * (i + 1))
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["epoch", "val_top1_error"], [1, 0.9], [2, error]])
+        for part in parts:
+            for step, norm in ((10, 1.0), (20, 3.0), (30, 5.0), (40, 9.0)):
+                writer.add_scalar(f"gradient_norm/{part}", norm, step)
+    (folder / "metrics.csv").write_text(f"epoch,val_top1_error\n1,0.9\n2,{error}\n")
 
-
-def test_a_row_and_the_table_of_the_study(tmp_path):
+def test_the_table_of_the_study(tmp_path):
     rows = []
     for seed in range(3):
-        for variant, error in (("slides", 0.30 + 0.01 * seed), ("no SE unit", 0.31 + 0.02 * seed), ("tail alone", 0.4)):
-            folder = tmp_path / f"{variant}-{seed}"
-            folder.mkdir()
+        errors = {"slides": 0.30 + 0.01 * seed, "no SE unit": 0.31 + 0.02 * seed, "tail alone": 0.4}
+        for variant, error in errors.items():
             parts = ("tail", "head") if variant == "tail alone" else ("tail", "body", "head")
-            write_run(folder, error, {part: [1.0, 3.0, 5.0, 9.0] for part in parts})
-            rows.append(study.summarise(variant, seed, folder))
-    body = sum(p.numel() for p in study.make_model("slides").body.parameters())
-    assert rows[0]["body_first_half"] == pytest.approx(1e3 * 2 / math.sqrt(body))
-    assert rows[0]["body_second_half"] == pytest.approx(1e3 * 7 / math.sqrt(body)) and "body_first_half" not in rows[2]
+            write_run(tmp_path / f"{variant}-{seed}", error, parts)
+            rows.append(study.summarise(variant, seed, tmp_path / f"{variant}-{seed}"))
+    header, _, *lines = (line[2:-2].split(" | ") for line in study.make_table(rows))
+    slides, no_se, tail = (dict(zip(header, line)) for line in lines)
+    assert (slides["parameters"], slides["against slides"], tail["body"]) == ("964,304", "", "")
+    assert [no_se[name] for name in ("seeds", "error, %", "std")] == ["3", "33.00", "2.00"]
+    assert no_se["against slides"] == "+2.00 ± 2.48"  # of 1, 2 and 3: 4.30 / sqrt(3)
+    model = study.make_model("slides")
+    weights = sum(p.numel() for stage in (model.b4, model.b3, model.b2) for p in stage.parameters())
+    first, second = (1e3 * norm / math.sqrt(weights) for norm in (2, 7))
+    assert slides["body"] == f"{first:.2f} to {second:.2f}"
 
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in study.table(rows)]
-    header, _, slides, no_se, tail = lines
-    assert [row[0] for row in (slides, no_se, tail)] == ["slides", "no SE unit", "tail alone"]
-    by_name = dict(zip(header, no_se))
-    assert dict(zip(header, slides))["parameters"] == "964,304" and dict(zip(header, slides))["against slides"] == ""
-    assert (by_name["seeds"], by_name["error, %"], by_name["std"]) == ("3", "33.00", "2.00")
-    assert by_name["against slides"] == "+2.00 ± 2.48"  # of 1, 2, 3: t = 4.30, times 1 / sqrt(3)
-    first, second = (1e3 * norm / math.sqrt(body) for norm in (2, 7))
-    assert dict(zip(header, slides))["body"] == f"{first:.2f} to {second:.2f}" and dict(zip(header, tail))["body"] == ""
-
-
-def test_a_finished_run_of_the_study_is_not_trained_again_nor_taken_for_another(tmp_path):
-    flags = study.flags_of("both", 1, ["--compile"])
-    assert "bridge='none'" in flags and flags[-1] == "--compile"
-    (tmp_path / "done.json").write_text(json.dumps([*flags, "--data-dir", str(Path("nowhere").resolve())]))
-    study.train(flags, tmp_path, "nowhere")
-    for others, data_dir in (study.flags_of("both", 1, []), "nowhere"), (flags, "elsewhere"):
-        with pytest.raises(ValueError, match="a run with other flags or data"):
-            study.train(others, tmp_path, data_dir)
-
-
-def test_ctrl_c_waits_until_train_py_has_saved(tmp_path):
-    (tmp_path / "slow.py").write_text(
-        "import pathlib, signal, time\n"
-        "def save(*_): time.sleep(1); pathlib.Path('saved').touch(); raise SystemExit(130)\n"
-        "signal.signal(signal.SIGINT, save); print('ready', flush=True); time.sleep(60)\n"
-    )
-    code = "import pathlib, study; study.TRAIN = 'slow.py'; study.train([], pathlib.Path('run'), 'data')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(study.__file__).parent)},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.5)  # by now the study waits for it
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(60) != 0 and (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize("flags", [["--model-args", "k=4"], ["--dataset=cifar100"]])
-def test_the_study_refuses_flags_that_change_its_networks(monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["study.py", "--", *flags])
-    with pytest.raises(SystemExit, match=r"^study\.py: --\S+: this program chooses it"):
-        study.main()
-
+def test_a_finished_run_of_the_study_is_not_taken_for_another(tmp_path):
+    flags = study.make_flags("both", 1, ["--compile"])
+    done = json.dumps([*flags, "--data-dir", str(tmp_path.resolve())])
+    (tmp_path / "done.json").write_text(done)
+    study.train(flags, tmp_path, tmp_path)  # returns at once
+    with pytest.raises(fishnet.UserError, match="a run with other flags or data"):
+        study.train(flags, tmp_path, "elsewhere")
 
 def test_average_precision_is_the_area_under_the_curve():
     rng = np.random.default_rng(0)
     for _ in range(50):
         scores, hits = rng.permutation(30) / 30, rng.random(30) < rng.random()
         objects = hits.sum() + rng.integers(1, 5)
-        ordered = hits[np.argsort(-scores)]
-        recall, precision = np.cumsum(ordered) / objects, np.cumsum(ordered) / np.arange(1, 31)
-        area = sum(precision[i:].max() * (recall[i] - (recall[i - 1] if i else 0)) for i in range(30))
-        assert average_precision(torch.from_numpy(scores), torch.from_numpy(hits), objects) == pytest.approx(area)
+        found = np.cumsum(hits[np.argsort(-scores)])
+        recall, precision = np.append(0, found / objects), found / np.arange(1, 31)
+        area = sum(precision[i:].max() * (recall[i + 1] - recall[i]) for i in range(30))
+        result = average_precision(torch.from_numpy(scores), torch.from_numpy(hits), objects)
+        assert result == pytest.approx(area)
 
-
-def test_iou_of_masks():
+@pytest.mark.parametrize(("shift", "expected"), [(0, (1.0, 1.0)), (32, (0.0, 0.0))])
+def test_a_detector_that_knows_the_answers_is_perfect(shift, expected):
+    seeds = iter(range(12))
+    class Oracle(nn.Module):
+        def forward(self, images):
+            _, target = draw_scene(next(seeds))
+            masks = target["masks"].roll(shift, 2)[:, None].float()
+            boxes, scores = target["boxes"] + shift, torch.ones(len(masks))
+            return [target | {"boxes": boxes, "masks": masks, "scores": scores}]
+    assert evaluate(Oracle(), scenes=12) == pytest.approx(expected)
     found, truth = torch.zeros(2, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.bool)
     found[0, :2], found[1, 3], truth[0, 1:3] = True, True, True
     assert mask_iou(found, truth).flatten().tolist() == pytest.approx([4 / 12, 0])
 
+def make_setting(name="fishnet_tiny", batch_size=2, flops=1, **flags):
+    flags = {flag: values[0] for flag, values in benchmark.FLAGS.items()} | flags
+    return benchmark.Setting(name, *flags.values(), True, batch_size, 16, flops)
 
-@pytest.mark.parametrize(("shift", "expected"), [(0, (1.0, 1.0)), (32, (0.0, 0.0))])
-def test_a_detector_that_knows_the_answers(shift, expected):
-    class Oracle(nn.Module):
-        seed = 0
+def run(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments.split()])
+    benchmark.main()
 
-        def forward(self, images):
-            _, target = draw_scene(self.seed)
-            self.seed += 1
-            masks = target["masks"].roll(shift, 2)[:, None].float()
-            return [target | {"boxes": target["boxes"] + shift, "masks": masks, "scores": torch.ones(len(masks))}]
+def test_the_plain_network_computes_the_same_without_in_place_relus(monkeypatch, one_thread):
+    monkeypatch.setattr(fishnet, "relu", fishnet.relu)  # restored after the test
+    monkeypatch.setattr(benchmark.ctypes, "CDLL", Mock())  # this process keeps its allocator
+    model, images = fishnet.create_model("fishnet_tiny").eval(), torch.rand(2, 3, 32, 32)
+    expected = model(images)
+    benchmark.make_plain(model)
+    with benchmark.OperatorCosts() as mode:
+        torch.testing.assert_close(model(images), expected)
+    assert "relu" in mode.costs and "relu_" not in mode.costs
 
-    assert evaluate(Oracle(), scenes=12) == pytest.approx(expected)
+@pytest.mark.parametrize("flag", [None, *benchmark.FLAGS])
+def test_each_flag_changes_what_is_timed(monkeypatch, flag):
+    seen, called = [], []
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model[0].register_forward_hook(lambda net, x, y: seen.extend((x[0].stride(1) == 1, y.dtype)))
+    monkeypatch.setattr(benchmark, "create_model", lambda name: model)
+    monkeypatch.setattr(benchmark, "checkpoint_activations", lambda net: called.append(flag))
+    monkeypatch.setattr(model, "compile", lambda **options: called.append(flag))
+    value = {"mixed_precision": "bf16", "channels_last": "no"}.get(flag, "yes")
+    setting = make_setting(**{flag: value} if flag else {})
+    accelerator = Accelerator(cpu=True, mixed_precision=setting.mixed_precision)
+    times = benchmark.make_step(setting, accelerator)()
+    assert len(times) == 4 and times == sorted(times)
+    dtype = torch.bfloat16 if flag == "mixed_precision" else torch.float32
+    assert seen == [flag != "channels_last", dtype]
+    assert called == ([flag] if flag in ("compile", "checkpoint_activations") else [])
 
+def test_the_columns_of_step(monkeypatch, capsys):
+    def answer(settings, rounds):  # a step takes 0.5 + 1 + 0.5 s and 100 MiB, a product 1 s
+        parts = [[1.0] if s.name == benchmark.PRODUCT else [0.5, 1.0, 0.5] for s in settings]
+        return [[(own, 100 * 2**20, 7.0)] * rounds for own in parts]
+    monkeypatch.setattr(benchmark, "run_rounds", answer)
+    benchmark.print_timings([make_setting(batch_size=4, flops=2048**3, compile="yes")], 3)
+    _, name, numbers = capsys.readouterr().out.splitlines()
+    assert name == "fishnet_tiny --compile yes"
+    assert " ".join(numbers.split()) == "2.0 500.0 1000.0 2000.0 1.00 100 1.00 4.3 25.0% 7.0"
 
-def test_the_plain_network_is_ours(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "relu", torch.nn.functional.relu)  # put back after the test
-    monkeypatch.setattr(plain, "set_malloc_thresholds", lambda **_: None)  # this process keeps its allocator's settings
-    images = torch.rand(2, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    ours = create_model("fishnet_tiny").double().eval()
-    expected = ours(images)
-    theirs = plain.fishnet_tiny().to(torch.float64, memory_format=torch.channels_last).eval()
-    theirs.model.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(theirs(images), expected)
-    assert all(weight.is_contiguous() for weight in theirs.parameters())
-    assert make_image(theirs, None).shape[-1] == 32  # as large as ours when it is timed
+def test_steps_are_timed_in_processes_of_their_own(monkeypatch, capsys):
+    flags = "--batch-size=4 --image-size=16 --rounds=1 --compile no yes"
+    run(monkeypatch, f"step plain:fishnet_tiny {flags}")
+    header, name, numbers = capsys.readouterr().out.splitlines()
+    assert name == "plain:fishnet_tiny --channels-last no"  # a plain network is never compiled
+    row = dict(zip(header.split(), map(float, numbers.replace("%", "").split())))
+    assert all(value > 0 for value in row.values()) and row["x"] == 1
+    assert row["forward"] + row["backward"] < row["step"]
+    macs = count(fishnet.create_model("fishnet_tiny"), 16).macs
+    assert row["GFLOP/s"] == pytest.approx(6 * macs * row["images/s"] / 1e9, abs=0.1)
 
-
-def test_the_roofline_counts_a_steps_arithmetic_and_bytes():
-    step = make_step(roofline.setting("fishnet_tiny", batch_size=2, image_size=16), torch.device("cpu"))
-    with roofline.OperatorCosts() as mode:
-        step()
-    model = create_model("fishnet_tiny")
-    images = 2 * 8 * 8 * model.stem[0].weight.numel()  # MACs of the first convolution: images need no gradient
-    assert sum(flops for _, _, flops, _ in mode.costs.values()) == 6 * 2 * count(model, 16).macs - 2 * images
-
-    x = torch.zeros(8, 8)
-    with roofline.OperatorCosts() as mode:
-        x.view(64)
-        x + x
-        x.add_(x.mm(x))
-    assert {name: (calls, flops, size) for name, (calls, _, flops, size) in mode.costs.items()} == {
-        "add": (1, 0, 2 * x.nbytes), "mm": (1, 2 * 8**3, 2 * x.nbytes), "add_": (1, 0, 3 * x.nbytes),
-    }  # fmt: skip
-
-
-def test_the_roofline_as_a_program(monkeypatch, capsys, one_thread):
-    monkeypatch.setattr(sys, "argv", ["roofline.py", "fishnet_tiny", "--batch-size", "2", "--steps", "1"])
-    monkeypatch.setattr(roofline, "measure_roofs", lambda: (100e9, 10e9))
-    roofline.main()
-    head, _, columns, _, *rows = capsys.readouterr().out.splitlines()
-    assert head.startswith("fishnet_tiny, batch 2, float32") and columns.startswith("| operator | calls |")
-    assert len(rows) == roofline.SHOWN + 1 and any(row.startswith("| `convolution 3 x 3` | ") for row in rows)
-
+def test_a_failure_names_its_setting_and_a_programming_error_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(benchmark, "time_round", Mock(side_effect=[MemoryError, TypeError]))
+    with pytest.raises(fishnet.UserError, match=r"^fishnet_tiny --compile yes: out of memory"):
+        benchmark.run_rounds([make_setting(compile="yes")], 1)
+    with pytest.raises(TypeError):
+        benchmark.run_rounds([make_setting()], 1)
 
 def test_the_table_of_the_roofline():
     costs = {"conv": [4, 2.0, 100e9, 1e9], "add": [6, 1.0, 0, 5e9]}
-    _, _, conv, add = roofline.table(costs, 2, peak=100e9, bandwidth=10e9)
+    _, _, conv, add = benchmark.make_table(costs, 2, peak=100e9, bandwidth=10e9)
     assert conv == "| `conv` | 2 | 1,000.0 | 66.7% | 50.0 | 0.5 | 50% | arithmetic |"
     assert add == "| `add` | 3 | 500.0 | 33.3% |  | 5.0 | 50% | memory |"
 
+def test_the_roofline_counts_arithmetic_and_bytes(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # restored after the test
+    monkeypatch.setattr(benchmark, "time_in_turns", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(benchmark, "make_table", lambda costs, *_: [json.dumps(costs)])
+    run(monkeypatch, "roofline fishnet_tiny --batch-size=2 --image-size=16 --rounds=1")
+    costs = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model = fishnet.create_model("fishnet_tiny")
+    images = 2 * 8 * 8 * model.stem[0].weight.numel()  # images need no gradient
+    flops = sum(flops for _, _, flops, _ in costs.values())
+    assert flops == 6 * 2 * count(model, 16).macs - 2 * images
+    x = torch.zeros(8, 8)
+    with benchmark.OperatorCosts() as mode:
+        x.view(64)
+        x + x
+        x.add_(x.mm(x))
+    costs = {name: [calls, flops, size] for name, (calls, _, flops, size) in mode.costs.items()}
+    assert costs == {"add": [1, 0, 512], "mm": [1, 2 * 8**3, 512], "add_": [1, 0, 768]}
 
-def test_resnet18_is_the_usual_one_in_both_programs(tiny_dir, tmp_path):
-    model = resnet18.create_model("", num_classes=10)
-    assert sum(p.numel() for p in model.parameters()) == 11_173_962  # as is published for images of 32 x 32 pixels
-    resnet18.zero_init_last(model)
-    assert not any(unit.bn2.weight.any() for unit in model.tail.layer1)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("step nonsense", "model='nonsense': expected one of "),
+    ("step fishnet99 --mixed-precision fp16", "mixed-precision: tf32 and fp16 need a GPU"),
+    ("forward fishnet73 --image-size 30", "image-size=30: does not fit"),
+])  # fmt: skip
+def test_a_wrong_argument_is_one_line(monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=rf"\Abenchmark\.py: {message}.*\Z"):
+        run(monkeypatch, arguments)
 
-    flags = ["--recipe", "demo", "--dataset", "cifar10", "--data-dir", tiny_dir, "--max-steps", 1, "-b", 8]
-    process = start_python(1, "examples/resnet18.py", "train", *flags, "--output-dir", tmp_path / "run")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and output.startswith("resnet18, 11,173,962 parameters; cifar10"), output
-    assert output.endswith("of ResNet-18: python examples/resnet18.py evaluate\n")
-    process = start_python(1, "examples/resnet18.py", "evaluate", tmp_path / "run" / "last.pt", "--json")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-
-    weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    network = torchvision.models.resnet18(num_classes=10)
-    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    network.load_state_dict({name.removeprefix("tail."): value for name, value in weights.items()})
-    test, facts = data.load_data("cifar10", tiny_dir).test, data.CIFAR["cifar10"]
-    mean, std = (np.array(values, dtype=np.float32).reshape(3, 1, 1) for values in (facts.mean, facts.std))
+def test_resnet18_trains_and_is_evaluated(tiny_dir, tmp_path):
+    assert sum(p.numel() for p in resnet18().parameters()) == 11_173_962  # as is published
+    assert not any(unit.bn2.weight.any() for unit in resnet18().layer1)
+    model = ["--model", "examples.resnet18:resnet18"]
+    flags = ["--recipe", "demo", "--dataset", "cifar10", "--data-dir", tiny_dir, "--max-steps", 1]
+    for arguments in (
+        ["train.py", *flags, *model, "-b", 8, "--output-dir", tmp_path],
+        ["evaluate.py", tmp_path / "last.pt", *model, "--json"],
+    ):
+        process = start_python(1, *arguments)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    network = resnet18().eval()
+    network.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["model"])
+    test, (mean, std) = data.load_data("cifar10", tiny_dir).test, data.CIFAR["cifar10"][2:]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     with torch.no_grad():
-        logits = network.eval()(torch.from_numpy((test.images.numpy().astype(np.float32) / 255 - mean) / std))
-    loss = (logits.logsumexp(1) - logits.gather(1, test.labels[:, None])[:, 0]).mean().item()
+        logits = network((test.images / 255 - mean) / std)
+    loss = nn.functional.cross_entropy(logits, test.labels).item()
     assert json.loads(output)["loss"] == pytest.approx(loss, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "arguments, line",
-    [
-        ([], "expected train or evaluate as the first word"),
-        (["train", "--model-args", "k=2"], "resnet18.py: --model-args: is for FishNets"),
-        (["train", "--pretrained=x.pt"], "resnet18.py: --pretrained=x.pt: is for FishNets"),
-    ],
-)
-def test_resnet18_refuses_what_is_a_fishnets(arguments, line, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["resnet18.py", *arguments])
-    with pytest.raises(SystemExit, match=line):
-        resnet18.main()

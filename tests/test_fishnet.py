@@ -332,9 +332,10 @@ def test_every_map_is_half_precision_under_autocast_on_a_gpu(name):
         torch.set_autocast_enabled("cuda", True)  # torch.autocast would refuse without a GPU
         try:
             model(torch.empty(2, 3, 64, 64))
+            found.append(channel_sum(found[0], k=2))
         finally:
             torch.set_autocast_enabled("cuda", False)
-    assert len(found) == 7 * 4
+    assert len(found) == 7 * 4 + 1
     assert {(x.device.type, x.dtype) for x in found} == {("cuda", torch.bfloat16)}
 
 def silence(*modules):

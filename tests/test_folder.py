@@ -1,4 +1,4 @@
-"""Folders of images, from the files to a trained network, against torchvision and numpy."""
+"""Test folders of images, from the files to a trained network, against torchvision and numpy."""
 
 import json
 import math
