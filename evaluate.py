@@ -98,15 +98,14 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
     """Load weights from a checkpoint or a state_dict of this project; return what was loaded. A
     classifier for another number of classes stays as it is. Raises UserError if anything else does
     not fit; the model is then unchanged."""
-    try:
+    content, own, kept = None, model.state_dict(), {}
+    with contextlib.suppress(DamagedFileError):  # files of 2018 look damaged, too
         content = load_file(path)
-    except DamagedFileError:
-        content = {}  # files of 2018 look damaged, too
-    weights, own, kept = content.get("model", content), model.state_dict(), {}
-    if not weights.keys() & own.keys():
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights.keys() & own.keys():
         command = f"python examples/convert_weights.py {path} OUT.pt"
-        raise UserError(f"{path}: not this project's weights; convert others with {command}")
-    if len(weights.get("fc.weight", ())) != len(own["fc.weight"]):
+        raise UserError(f"{path}: damaged, or not this project's; convert others with {command}")
+    if "fc.weight" in own and len(weights.get("fc.weight", ())) != len(own["fc.weight"]):
         kept = {name: value for name, value in own.items() if name.startswith("fc.")}
     check_weights(model, weights | kept, path)
     model.load_state_dict(weights | kept)

@@ -417,9 +417,8 @@ class FishNet(nn.Module):
 # -------------------------------------------------------------- the paper's networks for ImageNet
 
 class AttentionBridge(nn.Module):
-    """The paper's bridge: u * a + a. (N, C, H, W) -> (N, C, H, W). [O].
-    s (N, 2C, H, W) widens the input, u (N, C, H, W) are residual units of s, and a (N, C, 1, 1) is
-    an attention in (0, 1), computed from s."""
+    """The paper's bridge: u * a + a. u (N, C, H, W) are residual units of s (N, 2C, H, W), which
+    widens the input, and a (N, C, 1, 1) is an attention in (0, 1), computed from s. [O]."""
 
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
@@ -451,6 +450,9 @@ class ImageNetFishNet(FishNet):
         for name, value in IMAGENET.items():
             if getattr(config, name) != value:
                 config.refuse(name, f"{value!r} in an ImageNet network")
+        for name, least in (("body_depths", 1), ("tail_depths", 1), ("transfer_depths", 0)):
+            if min(getattr(config, name), default=-1) < least:
+                config.refuse(name, f"{'7 ' * (not least)}integers of at least {least}")
         super().__init__(config)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -489,10 +491,9 @@ class ImageNetFishNet(FishNet):
         x1, x2, x3, _, bridge = super().forward_tail(x)
         return x1, x2, x3, bridge, bridge
 
-# ---------------------------------------------------------------------------------- named networks
-
 # These fields have the same value in all of the paper's networks, [O].
-IMAGENET = {"stem_stride": 4, "preact": True, "tail_shortcut": "conv", "final_norm": True}
+IMAGENET = {"stem_stride": 4, "stem_depth": 2, "preact": True, "final_norm": True}
+IMAGENET |= {"tail_shortcut": "conv", "bridge": "se"}
 
 def imagenet(tail: Sequence, body: Sequence, head: Sequence, transfer: Sequence) -> FishNetConfig:
     depths = {"tail_depths": tail, "body_depths": body, "head_depths": head}
@@ -521,7 +522,7 @@ def create_model(name: str, /, **overrides: object) -> nn.Module:
     if colon:
         try:
             make = getattr(importlib.import_module(module), function)
-        except (ModuleNotFoundError, AttributeError) as error:
+        except (ModuleNotFoundError, AttributeError, ValueError) as error:
             raise UserError(f"model={name}: {error}") from None
         return make(**overrides)
     if name not in CONFIGS:
@@ -541,12 +542,9 @@ def zero_init_last(model: nn.Module) -> None:
             nn.init.zeros_(last.weight)
 
 class FishNetFPN(nn.Module):
-    """A feature pyramid as a backbone for torchvision's detectors (Lin et al. 2017).
-
-    images (N, in_channels, H, W) -> {"0": (N, out_channels, H', W'), "1", "2", "3", "pool"}, from a
-    FishNet's H1 to H4 or a ResNet's T1 to T4. Map "0" has the stem's stride, each next one half the
-    sides. torchvision pads images to multiples of 32, which suit every network here.
-    """
+    """A feature pyramid as a backbone for torchvision's detectors (Lin et al. 2017). images ->
+    {"0": (N, out_channels, H, W), "1", "2", "3", "pool"}, of H1 to H4 or a ResNet's T1 to T4. Map
+    "0" has the stem's stride. torchvision pads images to multiples of 32, which suit all networks."""
 
     def __init__(self, model: FishNet | ResNet, out_channels: int = 256) -> None:
         super().__init__()

@@ -199,10 +199,14 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="side in pixels (default: 32 or 224)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     args = parser.parse_args()
+    if args.stages and args.names:
+        parser.error("--stages NAME: give no other names")
     try:
-        with torch.device("meta"):
-            names = [args.stages] if args.stages else args.names or list(CONFIGS)
-            models = {name: create_model(name) for name in names}
+        models = {}
+        for name in [args.stages] if args.stages else args.names or CONFIGS:
+            # Code of others may compute while it makes a network, for which it needs values.
+            with torch.device("cpu" if ":" in name else "meta"):
+                models[name] = create_model(name)
         if args.stages:
             rows = count_stages(models[args.stages], args.image_size)
         else:

@@ -120,7 +120,7 @@ def make_plain(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
-    if sys.platform == "linux":  # Thresholds at which glibc's own rule ends if tensors are large.
+    if sys.platform == "linux":  # glibc itself arrives at these thresholds if tensors are large
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
 
@@ -202,7 +202,7 @@ def time_round(setting: Setting) -> tuple[list[float], float, float]:
 def run_rounds(settings: list[Setting], rounds: int) -> list[list]:
     """Return the answers of time_round for each setting, round by round. Raises UserError, naming
     the setting, if one does not run on this machine."""
-    spawn = multiprocessing.get_context("spawn")  # a fork would share libraries: less memory
+    spawn = multiprocessing.get_context("spawn")  # forked processes would share memory
     ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
     pools = [ProcessPoolExecutor(1, spawn, *ignore) for _ in settings]
     answers = [[] for _ in settings]
