@@ -521,9 +521,11 @@ def create_model(name: str, /, **overrides: object) -> nn.Module:
     module, colon, function = name.partition(":")
     if colon:
         try:
-            make = getattr(importlib.import_module(module), function)
-        except (ModuleNotFoundError, AttributeError, ValueError) as error:
+            make = getattr(importlib.import_module(module), function, None)
+        except (ModuleNotFoundError, ValueError) as error:
             raise UserError(f"model={name}: {error}") from None
+        if not callable(make):
+            raise UserError(f"model={name}: {module} has no function {function!r}")
         return make(**overrides)
     if name not in CONFIGS:
         raise UserError(f"model={name!r}: expected one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
@@ -544,7 +546,7 @@ def zero_init_last(model: nn.Module) -> None:
 class FishNetFPN(nn.Module):
     """A feature pyramid as a backbone for torchvision's detectors (Lin et al. 2017). images ->
     {"0": (N, out_channels, H, W), "1", "2", "3", "pool"}, of H1 to H4 or a ResNet's T1 to T4. Map
-    "0" has the stem's stride. torchvision pads images to multiples of 32, which suit all networks."""
+    "0" has the stem's stride. torchvision pads images to multiples of 32, which suit them all."""
 
     def __init__(self, model: FishNet | ResNet, out_channels: int = 256) -> None:
         super().__init__()
