@@ -289,7 +289,7 @@ def main() -> None:
             raise UserError(f"{args.checkpoint}: its outputs are not finite")
     except UserError as error:
         sys.exit(f"evaluate.py: {error}")
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         sys.exit(f"evaluate.py: {explain(error)}")
     if accelerator.is_main_process:
         print_metrics(metrics, args, checkpoint["name"], data.classes)

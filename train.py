@@ -347,22 +347,6 @@ def save(run: Run, *names: str) -> None:
         keep_as = run.folder / "previous.pt" if name == "last.pt" else None
         write_atomic(run.folder / name, buffer.getbuffer(), keep_as)
 
-def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | None:
-    """Return the checkpoint to continue from and its path, or None to start anew. "auto" takes the
-    newest whole one of the folder and renames damaged ones. Raises UserError if none is whole."""
-    if resume != "auto":
-        return (Path(resume), load_checkpoint(resume)) if resume else None
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if path.exists():
-            try:
-                return path, load_checkpoint(path)
-            except DamagedFileError as error:
-                path.replace(f"{path}.damaged")
-                print(f"{error}; renamed to {path.name}.damaged", flush=True)
-    if any(folder.glob("*.pt*")):
-        raise UserError(f"{folder}: no whole last.pt is left; use --resume PATH or another folder")
-    return None
-
 def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     """Continue from a checkpoint. Raises UserError if it belongs to another experiment."""
     own, optimizer, model = describe(run), run.optimizer, run.accelerator.unwrap_model(run.model)
@@ -502,7 +486,10 @@ def run_epochs(run: Run) -> None:
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
                            batch_size, args.workers)  # fmt: skip
             if not math.isfinite(val.loss):
-                reject_last(run)
+                if run.accelerator.is_main_process:  # --resume auto shall take the one before it
+                    (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
+                reason = f"the validation loss is not finite after step {state.step}"
+                raise UserError(f"{reason}: lower --lr, with --resume auto --override")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
                     "val_top5_error": val.top5_error}  # fmt: skip
         log_epoch(run, row)
@@ -519,14 +506,6 @@ def run_epochs(run: Run) -> None:
         save(run, *names)
         if number := run.stop.agree(run.accelerator):
             stop_run(run, number)
-
-def reject_last(run: Run) -> None:
-    """Rename a last.pt of which the validation loss is not finite, and raise UserError: --resume
-    auto then takes the checkpoint before it."""
-    if run.accelerator.is_main_process:
-        (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
-    way_on = "lower --lr, with --resume auto --override"
-    raise UserError(f"the validation loss is not finite after step {run.state.step}: {way_on}")
 
 def stop_run(run: Run, number: int) -> None:
     """Say how to continue, and exit with the code that belongs to a signal."""
@@ -562,16 +541,14 @@ def measure_speed(run: Run) -> dict[str, float]:
 
 def log_step(run: Run, bar: tqdm, sums: list[float]) -> None:
     """Show the epoch's means on the bar, and log the last step's values to TensorBoard."""
-    speed = measure_speed(run)
+    speed = measure_speed(run) | {"lr": run.optimizer.param_groups[0]["lr"]}
     loss, errors, images = run.state.sums
     means = f"loss {loss / images:.3f} error {errors / images:.1%}"
     bar.set_postfix_str(f"{means} {speed['images_per_second']:.0f} img/s")
-    if run.writer:
-        loss, errors, images = sums
-        values = {"train/loss": loss / images, "train/top1_error": errors / images}
-        values |= {"lr": run.optimizer.param_groups[0]["lr"]} | speed
-        for name, value in values.items():
-            run.writer.add_scalar(name, value, run.state.step)
+    loss, errors, images = sums
+    speed |= {"train/loss": loss / images, "train/top1_error": errors / images}
+    for name, value in speed.items() if run.writer else ():
+        run.writer.add_scalar(name, value, run.state.step)
 
 def log_epoch(run: Run, row: dict[str, float]) -> None:
     """Write metrics.csv, log the validation to TensorBoard, and print a line."""
@@ -604,16 +581,28 @@ def call_on_main(accelerator: Accelerator, function: Callable, *args: object) ->
         raise result
     return result
 
-def find_run(args: argparse.Namespace) -> tuple[Path, tuple[Path, dict] | None]:
-    """Return the folder of the run, and the path and content of the checkpoint to continue from.
-    Raises UserError if the folder holds another run."""
+def find_run(args: argparse.Namespace) -> tuple[Path, Path | None, dict | None]:
+    """Return the folder of the run, and path and content of the checkpoint to continue from.
+    "auto" takes the newest whole one and renames damaged ones. Raises UserError if the folder holds
+    another run, or one of which nothing is whole."""
     name = f"{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}".replace(":", "-")
     own = Path(args.resume).parent if args.resume and args.resume != "auto" else None
     folder = Path(args.output_dir or own or f"runs/{name}")
-    is_continued = args.resume == "auto" or (own and own.resolve() == folder.resolve())
-    if any(folder.glob("*.pt")) and not is_continued:
-        raise UserError(f"{folder}: holds a run; add --resume auto, or take another --output-dir")
-    return folder, find_checkpoint(args.resume, folder)
+    if args.resume != "auto":
+        if any(folder.glob("*.pt")) and not (own and own.resolve() == folder.resolve()):
+            raise UserError(f"{folder}: holds a run; add --resume auto, or use another --output-dir")
+        path = Path(args.resume) if own else None
+        return folder, path, load_checkpoint(path) if own else None
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        try:
+            if path.exists():
+                return folder, path, load_checkpoint(path)
+        except DamagedFileError as error:
+            path.replace(f"{path}.damaged")
+            print(f"{error}; renamed to {path.name}.damaged", flush=True)
+    if any(folder.glob("*.pt*")):
+        raise UserError(f"{folder}: no whole last.pt is left; use --resume PATH or another folder")
+    return folder, None, None
 
 def lock_folder(folder: Path) -> object:
     """Make the run's folder, and keep other runs out of it while the returned file is open."""
@@ -671,7 +660,7 @@ def make_run(args: argparse.Namespace) -> Run:
     if args.mixed_precision != "tf32":
         args.mixed_precision = accelerator.mixed_precision
     check_args(args, accelerator)
-    folder, found = call_on_main(accelerator, find_run, args)
+    folder, path, checkpoint = call_on_main(accelerator, find_run, args)
     args.output_dir = str(folder)
     data = load_same_data(args, accelerator)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
@@ -690,10 +679,10 @@ def make_run(args: argparse.Namespace) -> Run:
         is_compiling=args.compile,  # until the first step is done
         lock=None, writer=None,  # on the main process alone
     )  # fmt: skip
-    if found:
-        resume_run(run, *found)
+    if path:
+        resume_run(run, path, checkpoint)
     call_on_main(accelerator, start_writing, run)
-    if found and found[0].resolve() != (folder / "last.pt").resolve():
+    if path and path.resolve() != (folder / "last.pt").resolve():
         save(run, "last.pt")  # so that --resume auto continues from here
     return run
 
@@ -711,11 +700,10 @@ def start_writing(run: Run) -> None:
         images = augment_first(run.data, run.args.augment, run.args.seed)
         run.writer.add_images("augmented", images)
 
-def explain(error: RuntimeError | MemoryError) -> str:
+def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
     text = str(error)
-    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if is_memory or "allocate memory" in text:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return "out of memory: lower --batch-size, or add --checkpoint-activations"
     if "shared memory" in text:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
@@ -739,7 +727,7 @@ def main() -> None:
         run_epochs(run)
     except UserError as error:
         sys.exit(f"train.py: {error}")
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if run and run.stop.number and "DataLoader worker" in str(error):
             # The signal went to the whole group and ended a worker, before a step had begun.
             if run.accelerator.num_processes == 1:

@@ -96,8 +96,9 @@ def one_thread():
 def start_python(processes: int, *arguments: object, cwd: Path = ROOT, stdin: int | None = None):
     """Start python ARGUMENTS in one or more processes on the CPU; stdout has all their output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command = [*(torchrun if processes > 1 else ()), *arguments]
+    command = [*torchrun, *arguments] if processes > 1 else arguments
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | environment, stdin=stdin,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import CORES, ROOT, SMALL, start_python, start_train
+from conftest import CORES, SMALL, start_python, start_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -79,8 +79,6 @@ def set_validation_losses(monkeypatch, *losses: float) -> None:
     results = (Metrics(loss, 0.5, 0.1, 48, (), ()) for loss in losses)
     monkeypatch.setattr(train, "evaluate", lambda *_: next(results))
 
-# ------------------------------------------------------------------------------- flags and recipes
-
 def test_flags_are_these():
     """A flag is a promise: adding or dropping one is a decision."""
     free = {
@@ -126,8 +124,6 @@ def test_a_tilde_is_the_home_folder_in_every_path(run_train, tmp_path, monkeypat
     torch.save({"a": 1}, tmp_path / "a.pt")
     assert evaluate.load_file("~/a.pt") == {"a": 1}
 
-# --------------------------------------------------------------------------------------- optimizer
-
 def orthogonalize_by_svd(x: np.ndarray) -> np.ndarray:
     u, values, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
     values = values / max(np.linalg.norm(values), 1e-12)
@@ -151,13 +147,14 @@ def test_orthogonalize_changes_singular_values_alone(shape):
 
 def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
     torch.manual_seed(0)
-    shapes = (3, 32, 3), (32, 8, 3), (8, 16, 1), (16, 16, 1), (16, 16, 1)  # tall, wide, equal
+    shapes = (3, 32, 3), (32, 8, 3), (8, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 1)
     layers = [layer for shape in shapes for layer in (nn.Conv2d(*shape), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 4))
     model = model.to(memory_format=torch.channels_last)
     args = train.parse_args(["--opt", "muon", "--lr", "0.1", "--weight-decay", "0.5"])
     optimizer = train.make_optimizer(args, model)
     convs = [p for p in model.parameters() if p.ndim == 4]
+    convs[5].requires_grad_(False)  # which must leave it as it is
     others = [p for p in model.parameters() if p.ndim != 4]
     twins = [p.detach().clone().requires_grad_() for p in others]
     sgd = torch.optim.SGD(twins, 0.1, 0.9, nesterov=True)
@@ -180,13 +177,6 @@ def test_muon_orthogonalizes_convolutions_and_is_sgd_for_the_rest():
         np.testing.assert_allclose(found, matrix, rtol=0, atol=1e-4)
     torch.testing.assert_close(others, twins)
 
-def test_muon_leaves_a_weight_without_gradient_alone():
-    frozen, weight = nn.Parameter(torch.ones(2, 2, 1, 1)), nn.Parameter(torch.ones(2))
-    optimizer = train.Muon([{"params": [frozen]}, {"params": [weight]}], lr=0.1, weight_decay=0.5)
-    weight.sum().backward()
-    optimizer.step()
-    assert frozen.eq(1).all() and weight.ne(1).all()
-
 def test_adamw_decays_matrices_alone():
     model = create_model("fishnet_tiny")
     args = train.parse_args(["--opt", "adamw", "--lr", "0.1", "--weight-decay", "0.5"])
@@ -195,8 +185,6 @@ def test_adamw_decays_matrices_alone():
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert isinstance(optimizer, torch.optim.AdamW)
     assert all(decays[id(p)] == (0.5 if p.ndim > 1 else 0) for p in model.parameters())
-
-# ----------------------------------------------------------------------------- what a run computes
 
 @pytest.mark.parametrize("opt", ["sgd", "adam"])
 def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
@@ -288,12 +276,12 @@ def test_two_processes_train_like_one(cifar_dir, run_train, tmp_path):
     torch.manual_seed(0)
     start = create_model("fishnet_tiny")
     zero_init_last(start)
-    moved = 0.0
+    moves = []
     for name, parameter in start.named_parameters():
         a, b = one["model"][name], two["model"][name]
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=name)
-        moved = max(moved, (a - parameter).abs().max().item())
-    assert 1e-4 < moved < 0.04  # 20 steps of norm 2e-4, which momentum makes tenfold, at most
+        moves.append((a - parameter).abs().max())
+    assert max(moves) > 1e-4  # they trained
     for a, b in zip(one["state"]["history"], two["state"]["history"]):
         assert a["lr"] == b["lr"]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
@@ -306,10 +294,9 @@ def test_a_run_and_its_files(run_train, tmp_path):
     assert f"python evaluate.py '{folder}/best.pt'" in out
     assert max(map(len, re.findall("^epoch.*", out, re.M))) < 80
 
-    last, best = load(folder / "last.pt"), load(folder / "best.pt")
+    last = load(folder / "last.pt")
     assert last["name"] == "fishnet_tiny" and last["classes"][3] == "class 3"
     assert (last["state"]["step"], last["state"]["epoch"]) == (12, 2)  # 192 images: 6 batches of 32
-    assert best["state"]["epoch"] == best["state"]["best_epoch"]
     assert_same(safetensors.torch.load(safetensors.torch.save(last["model"])), last["model"])
     assert json.loads((folder / "args.json").read_text())["batch_size"] == 32
 
@@ -350,26 +337,30 @@ def test_pretrained_weights_are_where_a_run_starts(run_train, tmp_path):
         assert name == "fc.weight" or torch.equal(parameter, trained[name]), name
 
 def make_network(num_classes: int, channels: tuple[int, ...], k: int) -> nn.Module:
-    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, num_classes), nn.Dropout(0))
+    return create_model("fishnet_tiny", num_classes=num_classes, channels=channels, k=k)
 
-def make_broken_network(**fields: object) -> nn.Module:
+def make_mistake(**fields: object) -> nn.Module:
     raise ValueError("a mistake in the network")
 
 def test_a_network_of_ones_own_runs_only_if_it_is_named(run_train, tmp_path, monkeypatch):
-    flags = "--epochs", "2", "--model", "test_train:make_network", "--lr", "0.5"
+    flags = "--epochs", "2", "--model", "test_train:make_network"
     out = run_train(tmp_path, *flags, "--max-steps", "6")
     assert re.search(r"evaluate\.py \S*best\.pt --model test_train:make_network", out)
     assert "at step 6" in run_train(tmp_path, *flags, "--resume", "auto")
-    arguments = ["evaluate.py", str(tmp_path / "best.pt"), "--split", "val"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit, match="give --model test_train:make_network"):
+    command = ["evaluate.py", str(tmp_path / "best.pt"), "--split", "val"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="--model test_train:make_network"):
         evaluate.main()
-    monkeypatch.setattr(sys, "argv", [*arguments, "--model", "test_train:make_network"])
+    monkeypatch.setattr(sys, "argv", [*command, "--model", "test_train:make_network"])
     evaluate.main()
-    with pytest.raises(ValueError, match="a mistake in the network"):  # with its traceback
-        run_train(tmp_path / "broken", "--model", "test_train:make_broken_network")
-
-# ------------------------------------------------------------------------------------------ resume
+    for name, message in (("no_such_module:make", "no_such_module"), ("test_train:no", "'no'")):
+        with pytest.raises(SystemExit, match=rf"train\.py: model={name}: .*{message}"):
+            run_train(tmp_path / "new", "--model", name)
+    (tmp_path / "broken.py").write_text("import sys\nsys.nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, error in (("test_train:make_mistake", ValueError), ("broken:make", AttributeError)):
+        with pytest.raises(error, match=r"a mistake|nothing"):  # with its traceback
+            run_train(tmp_path / "new", "--model", name)
 
 @pytest.mark.parametrize("opt", ["sgd", "adam", "adamw", "muon", "sgd --mixed-precision bf16"])
 def test_resume_after_max_steps_is_exact(run_train, tmp_path, opt):
@@ -400,12 +391,8 @@ def test_resume_from_every_step_is_exact(run_train, tiny_dir, tmp_path, monkeypa
 def test_resume_of_two_processes_is_exact(run_train, tiny_dir, tmp_path, monkeypatch, capsys):
     flags = ["-b", "20", "--opt", "muon", "--epochs", "2", "--checkpoint-every", "1", "--seed", "2"]
     flags += ["--data-dir", str(tiny_dir)]
-    (tmp_path / "script.py").write_text(f"""
-import sys
-from pathlib import Path
-sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
-import train
-from test_train import keep_every_step
+    (tmp_path / "script.py").write_text("""
+from test_train import Path, keep_every_step, train
 keep_every_step(Path("run"))
 train.main()
 """)
@@ -493,15 +480,40 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
     ):
         with pytest.raises(SystemExit, match=rf"last\.pt.*{message}"):
             run_train(tmp_path / "run", *flags, *more)
-        from_there = "--resume", str(tmp_path / "run" / "last.pt")
+        resume = "--resume", str(tmp_path / "run" / "last.pt")
         with pytest.raises(SystemExit, match=message):
-            run_train(tmp_path / "refused", "--epochs", "1", *from_there, *more)
+            run_train(tmp_path / "refused", "--epochs", "1", *resume, *more)
         assert not (tmp_path / "refused").exists()
-    more = "--epochs", "2", "--weight-decay", "0.125", "--override"
-    run_train(tmp_path / "run", "--resume", "auto", *more)
+    run_train(tmp_path / "run", *flags, "--override", "--epochs", "2", "--weight-decay", "0.125")
     last = load(tmp_path / "run" / "last.pt")
     assert last["state"]["step"] == 12
     assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0.125
+
+@pytest.mark.parametrize("flags, message", [
+    ("--batch-size 30 --grad-accum-steps 4", "batch-size=30: expected 4 parts"),
+    ("--batch-size 1", "batch-size=1: expected 1 parts of at least 2 images"),
+    ("--batch-size 5000", "batch-size=5000: expected at most 192"),
+    ("--lr -1", "lr=-1.0: expected a number of at least 0"),
+    ("--lr nan", "lr=nan"),
+    ("--smoothing 1", "smoothing=1.0: expected less than 1"),
+    ("--warmup-epochs 5", "warmup-epochs=5.0: expected less than 5"),
+    ("--val-fraction 1", "val-fraction=1.0"),
+    ("--mixed-precision fp16", "mixed-precision=fp16: use bf16 or no on a CPU"),
+    ("--image-size 64", "image-size=64: works with --dataset folder only"),
+    ("--resume nothing.pt", "nothing.pt: No such file"),
+    ("--resume /dev", "/dev: Is a directory"),
+    ("--pretrained nothing.pt", "nothing.pt: No such file"),
+    ("--model-args k=5", "k=5: expected a divisor"),
+    ("--model-args depth=5", "depth: not a field of FishNetConfig"),
+    ("--model-args num_classes=5", "num_classes is the dataset's"),
+    ("--data-dir /dev/null", "/dev/null"),
+])  # fmt: skip
+def test_bad_arguments_are_one_line_and_leave_no_folder(run_train, tmp_path, flags, message):
+    with pytest.raises(SystemExit) as error:
+        run_train(tmp_path / "run", *flags.split())
+    text = str(error.value)
+    assert text.startswith("train.py: ") and message in text and "\n" not in text
+    assert not (tmp_path / "run").exists()
 
 def test_a_folder_that_holds_another_run_is_refused(run_train, tmp_path):
     for name in ("a", "b"):
@@ -523,19 +535,16 @@ def test_a_run_from_another_folder_has_its_own_best(run_train, tmp_path, monkeyp
 
 def test_a_run_names_its_folder_and_continues_there(cifar_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["train.py", *SMALL, "--data-dir", str(cifar_dir)]
-    monkeypatch.setattr(sys, "argv", [*flags, "--max-steps", "1"])
+    command = ["train.py", *SMALL, "--data-dir", str(cifar_dir), "--max-steps"]
+    monkeypatch.setattr(sys, "argv", [*command, "1"])
     train.main()
     (folder,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"fishnet_tiny-cifar10-\d{8}-\d{6}", folder.name)
     AcceleratorState._reset_state(reset_partial_state=True)
-    resume = "--resume", str(folder / "last.pt")
-    monkeypatch.setattr(sys, "argv", [*flags, "--max-steps", "2", *resume])
+    monkeypatch.setattr(sys, "argv", [*command, "2", "--resume", str(folder / "last.pt")])
     train.main()
     assert load(folder / "last.pt")["state"]["step"] == 2
     assert list((tmp_path / "runs").iterdir()) == [folder]
-
-# ----------------------------------------------------------------------- memory, compiler, devices
 
 def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path, monkeypatch):
     calls, original = [], train.checkpoint_activations
@@ -547,7 +556,7 @@ def test_checkpointed_activations_train_to_the_same_bits(run_train, tmp_path, mo
     assert "at step 3" in run_train(tmp_path / "again", "--max-steps", "4", "--resume", "auto")
 
 def test_compile_changes_nothing_and_happens_once(run_train, tmp_path, monkeypatch):
-    tail_alone = "body_depths=()", "head_depths=()", "transfer_depths=()", "tail_depths=(1, 1, 1, 0)"
+    tail_alone = "body_depths=()", "head_depths=()", "transfer_depths=()"
     flags = "--epochs", "2", "--model-args", *tail_alone
     run_train(tmp_path / "eager", *flags)
     compile_module = nn.Module.compile  # with a backend that takes minutes less
