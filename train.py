@@ -26,7 +26,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -321,11 +321,11 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
 
 def describe(run: Run) -> dict:
     """Return what a run is, besides its flags; a resumed run must have the same."""
-    config = getattr(run.accelerator.unwrap_model(run.model), "config", None)
-    own = run.args.model_args | {"num_classes": len(run.data.classes)}
+    config = run.args.model_args | {"num_classes": len(run.data.classes)}
+    if ":" not in run.args.model:
+        config = asdict(run.accelerator.unwrap_model(run.model).config)
     images = {"train": len(run.data.train), "val": len(run.data.val)}
-    return {"config": asdict(config) if is_dataclass(config) else own, "images": images,
-            "classes": list(run.data.classes)}  # fmt: skip
+    return {"config": config, "images": images, "classes": list(run.data.classes)}
 
 def save(run: Run, *names: str) -> None:
     """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on all
@@ -590,7 +590,7 @@ def find_run(args: argparse.Namespace) -> tuple[Path, Path | None, dict | None]:
     folder = Path(args.output_dir or own or f"runs/{name}")
     if args.resume != "auto":
         if any(folder.glob("*.pt")) and not (own and own.resolve() == folder.resolve()):
-            raise UserError(f"{folder}: holds a run; add --resume auto, or use another --output-dir")
+            raise UserError(f"{folder}: holds a run; add --resume auto, or another --output-dir")
         path = Path(args.resume) if own else None
         return folder, path, load_checkpoint(path) if own else None
     for path in (folder / "last.pt", folder / "previous.pt"):
