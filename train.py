@@ -90,8 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
     add("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
-    add("--model-args", nargs="+", type=parse_field, default=[], metavar="FIELD=VALUE",
-        help="fields of FishNetConfig, such as k=4, or arguments of FUNCTION")  # fmt: skip
+    add("--model-args", nargs="+", action="extend", type=parse_field, default=[],
+        metavar="FIELD=VALUE", help="such as k=4: fields of FishNetConfig, or arguments of FUNCTION")
     add("--pretrained", type=path, metavar="PATH", help="start from these weights")
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--epochs", type=int, help="length of the learning rate schedule")
