@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
     add("--model-args", nargs="+", action="extend", type=parse_field, default=[],
-        metavar="FIELD=VALUE", help="such as k=4: fields of FishNetConfig, or arguments of FUNCTION")
+        metavar="FIELD=VALUE", help="fields of FishNetConfig, such as k=4, or FUNCTION's arguments")
     add("--pretrained", type=path, metavar="PATH", help="start from these weights")
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--epochs", type=int, help="length of the learning rate schedule")

@@ -32,11 +32,10 @@ SMALL += ["--model-args", "channels=(4,4,4,16)", "k=2"]
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put each process of pytest-xdist on a core of its own, because threads that share a core wait
-    for one another. Programs that tests start inherit it, and so compute the same last bits."""
+    """Put each process of pytest-xdist on its own core, because threads that share a core wait for
+    one another. Programs that tests start inherit it, and so compute the same last bits."""
     worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
-    starts_workers = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
-    if CORES and not starts_workers:  # the workers would inherit one core for all
+    if CORES and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
         os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
         torch.set_num_threads(1)
 
@@ -98,7 +97,7 @@ def start_python(processes: int, *arguments: object, cwd: Path = ROOT, stdin: in
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command = [*torchrun, *arguments] if processes > 1 else arguments
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | environment, stdin=stdin,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

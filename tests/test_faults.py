@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import multiprocessing
 import os
 import resource
@@ -13,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, start_python
+from conftest import SMALL, start_python
 from test_train import assert_same, load, read_rows, set_validation_losses
 
+import evaluate
 import train
 
 @pytest.mark.parametrize("processes, number, code", [
@@ -24,10 +26,8 @@ import train
 def test_a_signal_to_the_group_saves(cifar_dir, run_train, tmp_path, processes, number, code):
     """It comes inside a step, twice, as from an impatient user, and workers must not die of it.
     torchrun hands it on to the groups of its processes."""
-    (tmp_path / "script.py").write_text(f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train
+    (tmp_path / "script.py").write_text("""
+import time, train
 measure_gradient = train.measure_gradient
 def measure_slowly(run):
     if run.state.step == 7:
@@ -57,28 +57,22 @@ def test_a_signal_to_one_process_stops_all_and_gpus_are_seldom_asked():
     two.gather = lambda mine: torch.cat([mine, other])
     assert stop.agree(two, wait=True) == stop.agree(two, wait=False) == signal.SIGTERM
     two.device = torch.device("cuda")
-    assert stop.agree(two, wait=True) == signal.SIGTERM and stop.agree(two, wait=False) == 0
+    assert stop.agree(two, wait=False) == 0
 
 def test_a_run_killed_five_times_ends_like_one_that_was_not(cifar_dir, tmp_path, run_train):
     """Each kill comes inside a save: at a write, at a sync, between two renames."""
     flags = ["--epochs", "2", "--checkpoint-every", "1"]
     run_train(tmp_path / "whole", *flags)
-    (tmp_path / "killed.py").write_text(f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-
+    (tmp_path / "killed.py").write_text("""
+import itertools, os, signal, train
 def run_until(call, count):
-    original = getattr(os, call)
+    original, calls = getattr(os, call), itertools.count(1)
     def die(*args):
-        nonlocal count
-        count -= 1
-        if count == 0:
+        if next(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args)
     setattr(os, call, die)
     train.main()
-
 for kill in (("replace", 4), ("fsync", 7), ("replace", 5), ("fsync", 6), ("replace", 6)):
     child = os.fork()
     if child == 0:
@@ -108,22 +102,10 @@ def test_a_damaged_checkpoint_is_renamed_and_the_one_before_is_used(run_train, t
     assert load(last)["state"]["step"] == 5
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"")
-    for _ in range(2):  # as a scheduler starts it
-        with pytest.raises(SystemExit, match=r"no whole last\.pt is left"):
-            run_train(tmp_path, *flags, "--resume", "auto")
+    with pytest.raises(SystemExit, match=r"no whole last\.pt is left"):
+        run_train(tmp_path, *flags, "--resume", "auto")
     best = str(tmp_path / "best.pt")
     assert "at step 5" in run_train(tmp_path, "--max-steps", "6", "--resume", best)
-
-def test_weights_that_are_changed_are_refused(run_train, tmp_path):
-    run_train(tmp_path / "run", "--max-steps", "3")
-    checkpoint = load(tmp_path / "run" / "last.pt")
-    weight = checkpoint["model"].pop("fc.weight")
-    for change, message in ({}, "missing"), ({"fc.weight": weight * torch.nan}, "not finite"):
-        changed = checkpoint | {"model": checkpoint["model"] | change}
-        torch.save(changed, tmp_path / "changed.pt")
-        with pytest.raises(SystemExit, match=rf"changed\.pt: .*fc\.weight is {message}"):
-            run_train(tmp_path / "refused", "--resume", str(tmp_path / "changed.pt"))
-    assert not (tmp_path / "refused").exists()
 
 def test_a_write_that_the_kernel_refuses_leaves_the_checkpoint(run_train, tmp_path):
     """A file may not grow beyond half a checkpoint."""
@@ -167,8 +149,7 @@ def test_locks_are_not_required(run_train, tmp_path, monkeypatch):
     assert load(tmp_path / "last.pt")["state"]["step"] == 1
 
 def test_a_folder_in_use_or_in_a_file_is_refused(run_train, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, train; "
-    code += "lock = train.lock_folder(pathlib.Path('.')); print('held'); input()"
+    code = "import train; lock = train.lock_folder(train.Path('.')); print('held'); input()"
     other = start_python(1, "-c", code, cwd=tmp_path, stdin=subprocess.PIPE)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(SystemExit, match="in use by another run"):
@@ -179,20 +160,21 @@ def test_a_folder_in_use_or_in_a_file_is_refused(run_train, tmp_path):
     with pytest.raises(SystemExit, match=r"train\.py: .*args\.json"):
         run_train(tmp_path / "args.json" / "run")
 
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_saving(
-    run_train, tmp_path, monkeypatch
-):
+def test_numbers_that_are_not_finite_are_not_saved(run_train, tmp_path, monkeypatch):
     run_train(tmp_path, "--max-steps", "2")
     before = (tmp_path / "last.pt").read_bytes()
-    flags = "--resume", "auto", "--checkpoint-every", "1", "--override"
+    flags = "--resume", "auto", "--override", "--checkpoint-every"
     with pytest.raises(SystemExit, match=r"not finite at step \d+: try a lower --lr"):
-        run_train(tmp_path, *flags[:2], "--override", "--lr", "1e18")
+        run_train(tmp_path, *flags, "9", "--lr", "1e18")
     monkeypatch.setattr(train, "measure_gradient", lambda _: torch.tensor(torch.nan))
     for _ in range(2):
         with pytest.raises(SystemExit, match="gradient is not finite at step 3"):
-            run_train(tmp_path, *flags)
-        monkeypatch.setattr(train.StopSignal, "agree", lambda *_, **__: signal.SIGTERM)
+            run_train(tmp_path, *flags, "1")
+        monkeypatch.setattr(train.StopSignal, "agree", lambda *_: signal.SIGTERM)
     assert (tmp_path / "last.pt").read_bytes() == before
+    monkeypatch.setattr(train.Accelerator, "optimizer_step_was_skipped", True)  # for ever, in fp16
+    with pytest.raises(SystemExit, match="not finite"):
+        run_train(tmp_path / "fp16", "--epochs", "9")
 
 def test_the_first_step_that_is_not_finite_on_any_process_is_named():
     own, other = torch.ones(3, 4), torch.ones(3, 4)
@@ -216,11 +198,6 @@ def test_a_validation_loss_that_is_not_finite_leads_back(run_train, tmp_path, mo
         run_train(tmp_path / "first")
     assert "--resume" not in str(error.value)  # there is nothing to continue from
 
-def test_skipped_steps_of_fp16_are_bounded(run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Accelerator, "optimizer_step_was_skipped", True)
-    with pytest.raises(SystemExit, match="not finite"):
-        run_train(tmp_path, "--epochs", "9", "--augment", "none")
-
 def test_only_failures_of_the_machine_become_one_line():
     cpu = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), MemoryError()):
@@ -228,11 +205,9 @@ def test_only_failures_of_the_machine_become_one_line():
     with pytest.raises(RuntimeError, match="a mistake"):
         train.explain(RuntimeError("a mistake"))
 
-FULL = "unable to allocate shared memory(shm) for file </t>: No space left on device (28)"
-
 @pytest.mark.parametrize("fault, error, message", [
     ("", SystemExit, r"train\.py: DataLoader worker .*--workers 0$"),  # it dies
-    (FULL, SystemExit, r"train\.py: /dev/shm is full: .*--shm-size"),
+    ("unable to allocate shared memory(shm): No space left on device (28)", SystemExit, "shm-size"),
     ("a mistake in the data", RuntimeError, "a mistake"),  # with its traceback
 ])  # fmt: skip
 def test_a_worker_that_fails_is_explained(run_train, tmp_path, monkeypatch, fault, error, message):
@@ -248,50 +223,49 @@ def test_a_worker_that_fails_is_explained(run_train, tmp_path, monkeypatch, faul
     gc.collect()
     assert not multiprocessing.active_children()
 
-@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
-def test_a_worker_that_cannot_start_ends_a_program(run_train, cifar_dir, tmp_path, program):
+def test_a_worker_that_cannot_start_ends_a_program(run_train, tmp_path, monkeypatch):
     run_train(tmp_path, "--max-steps", "1")
-    code = """
-import errno, os, runpy, sys
-fork, calls = os.fork, iter(range(9))
-def fail_third():
-    if next(calls) == 2:
+    fork, works = os.fork, itertools.cycle([True, False])
+
+    def fork_first():
+        if next(works):
+            return fork()
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
-    return fork()
-os.fork, sys.argv = fail_third, sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    arguments = [*SMALL, "--output-dir", tmp_path / "new"]
-    arguments = arguments if program == "train.py" else [tmp_path / "best.pt"]
-    arguments += ["--data-dir", cifar_dir, "--workers", "4"]
-    process = start_python(1, "-c", code, program, *arguments)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and out.splitlines()[-1].startswith(f"{program}: "), out
-    assert "Traceback" not in out
+
+    monkeypatch.setattr(os, "fork", fork_first)
+    with pytest.raises(SystemExit, match=r"^train\.py: .*memory"):
+        run_train(tmp_path / "new", "--workers", "2")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "best.pt"), "--workers", "2"])
+    with pytest.raises(SystemExit, match=r"^evaluate\.py: .*memory"):
+        evaluate.main()
+    for child in multiprocessing.active_children():  # as Python does when it ends
+        child.terminate()
+        child.join(9)
+        assert not child.is_alive()
 
 def test_two_machines_agree_on_checkpoint_and_data(run_train, cifar_dir, tiny_dir, tmp_path):
     """Each has its own folders: both continue from the main one's, and other data is refused."""
-    (tmp_path / "script.py").write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
+    (tmp_path / "script.py").write_text("""
+import os, train
 os.chdir("machine" + os.environ["RANK"])
 train.main()
 """)
     main, other = tmp_path / "machine0", tmp_path / "machine1"
-    for machine, step in ((main, "5"), (other, "2")):
+    for machine, step, data_dir in ((main, "5", cifar_dir), (other, "2", tiny_dir)):
         run_train(machine / "out", "--max-steps", step)
-        (machine / "data").symlink_to(cifar_dir)
+        (machine / "data").symlink_to(data_dir)
     before = (other / "out" / "last.pt").read_bytes()
-    flags = *SMALL, "--data-dir", "data", "--max-steps", "8", "--resume", "auto", "--output-dir"
-    process = start_python(2, "script.py", *flags, "out", cwd=tmp_path)
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "resumed out/last.pt at step 5" in out, out
+
+    def run(folder, data_dir):
+        flags = "--output-dir", folder, "--data-dir", data_dir, "--max-steps", "8"
+        arguments = "script.py", *SMALL, *flags, "--resume", "auto"
+        process = start_python(2, *arguments, cwd=tmp_path)
+        return process.communicate(timeout=120)[0], process.returncode
+
+    out, code = run("out", cifar_dir)
+    assert code == 0 and "resumed out/last.pt at step 5" in out, out
     assert load(main / "out" / "last.pt")["state"]["step"] == 8
     assert (other / "out" / "last.pt").read_bytes() == before
-    (other / "data").unlink()
-    (other / "data").symlink_to(tiny_dir)
-    process = start_python(2, "script.py", *flags, "new", cwd=tmp_path)
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "train.py: the processes have different" in out, out
+    out, code = run("new", "data")
+    assert code == 1 and "train.py: the processes have different" in out, out
     assert not (main / "new").exists()
