@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import copy
 import pickle
-import socket
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,6 +35,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 from fishnet import UserError
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder")
+AUGMENTS = ("slides", "standard", "cutout", "cutmix", "none")
 # torchvision's class, which knows the files; the key of labels in them; mean and std of the pixels.
 CIFAR = {
     "cifar10": (CIFAR10, b"labels", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -81,6 +82,11 @@ def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     PyTorch does so in a thread, where nobody sees the error if /dev/shm is full."""
     return tuple(part.share_memory_() for part in batch) if get_worker_info() else batch
 
+def ignore_signals(worker_id: int) -> None:
+    """Leave SIGTERM and Ctrl-C to the main process, which has a step to finish and to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 @dataclass(frozen=True)
 class Data:
     """A dataset: its splits, its class names in the order of labels, mean and std in [0, 1]."""
@@ -114,8 +120,8 @@ def load_data(dataset: str, data_dir: str | Path = "data", val_fraction: float =
     return Data(train, val, test, classes, mean, std)
 
 def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return rising indices (train, val), with val_fraction of every class in val: at least one
-    image, and not all."""
+    """Return rising indices (train, val), with val_fraction of every class in val, but at least one
+    image and not all, if there are two."""
     in_val = torch.zeros(len(labels), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for label in labels.unique() if val_fraction else ():
@@ -165,7 +171,6 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
     source, label_key, _, _ = CIFAR[name]
     folder, sets = data_dir / source.base_folder, []
     if not folder.is_dir():
-        socket.setdefaulttimeout(60)  # a silent server must not hang the run
         try:
             download_and_extract_archive(source.url, data_dir, md5=source.tgz_md5)
         except (OSError, RuntimeError) as error:
@@ -182,7 +187,7 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
 # ------------------------------------------------------------------------------ folders of images
 
 warnings.filterwarnings("ignore", module="PIL")  # of broken metadata
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # as a rule, 1 MB of metadata refuses an image
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # by default, 1 MB of metadata refuses an image
 
 def read_image(path: str | Path) -> Tensor:
     """Return an image file as a viewer shows it: uint8 RGB (3, H, W). This is the first frame,
@@ -271,7 +276,7 @@ def centre_crop(image: Tensor, size: int, ratio: float = CENTRE_RATIO) -> Tensor
     return TF.center_crop(image, [size, size])
 
 def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: float) -> Data:
-    """Load root/train, root/val (or a part of train) and root/test (or nothing)."""
+    """Load root/train, root/val or root/valid (or a part of train), root/test (or nothing)."""
     splits = {"train": (train := FolderSet(root / "train", size, ratio, seed))}
     for split in ("valid", "val", "test"):
         if (root / split).exists():
@@ -323,10 +328,10 @@ def draw_shapes(count: int, seed: int) -> ImageSet:
 def is_inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return which points (x, y) lie in a figure. Figures lie in the unit circle."""
     ax, ay, square_radius = np.abs(x), np.abs(y), x * x + y * y
-    if shape in ("disc", "ring", "half disc", "crescent"):
-        parts = {"ring": square_radius > 0.3, "half disc": y > 0, "disc": True}
-        crescent = (x - 0.5) ** 2 + y * y > 0.6
-        return (square_radius < 0.9) & parts.get(shape, crescent)
+    parts = {"disc": True, "ring": square_radius > 0.3, "half disc": y > 0}
+    parts["crescent"] = (x - 0.5) ** 2 + y * y > 0.6
+    if shape in parts:
+        return (square_radius < 0.9) & parts[shape]
     if shape == "triangle":
         return (y > -0.5) & (0.866 * ax + 0.5 * y < 0.5)
     if shape in ("square", "corner"):
@@ -346,15 +351,16 @@ def is_inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Seed torch's global generator from numbers such as (seed, epoch, step) inside the block, so
-    that every random transform there is reproducible. More numbers give another seed, too."""
+    that every random transform there is reproducible. (1, 2) and (1, 2, 0) are different seeds."""
     sequence = np.random.SeedSequence((len(numbers), *numbers))
+    target = torch if torch.cuda.is_initialized() else torch.default_generator  # 0.2 ms less
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        target.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
         yield
 
 class EpochBatches:
     """Batches of indices, for a DataLoader's batch_sampler, in an order of (seed, epoch) alone.
-    A batch is cut into `accum_steps` parts. Images that do not fill one are left out."""
+    A batch is cut into `accum_steps` parts. Images that do not fill a batch are left out."""
 
     def __init__(self, length: int, batch_size: int, accum_steps: int = 1, seed: int = 0) -> None:
         if batch_size > length:
@@ -363,8 +369,7 @@ class EpochBatches:
         self.batch_size = batch_size // accum_steps  # Accelerate reads it
         self.batches = length // batch_size * accum_steps
         self.seed = seed
-        self.epoch = 0
-        self.start = 0  # the first part, set when a run continues inside an epoch
+        self.epoch, self.start = 0, 0  # the loop sets both: which epoch, and its first part
 
     def __len__(self) -> int:
         return self.batches - self.start
@@ -400,7 +405,7 @@ def crop_and_resize(images: Tensor, top: Tensor, left: Tensor, side: Tensor, siz
     return weights(top, height)[:, None] @ columns.view(n, channels, height, size)
 
 class BatchRandomResizedCrop(nn.Module):
-    """Crop a random square of `scale` of each image's area, and resize it to the image's size."""
+    """Crop a random square of `scale` of each image's area, and resize it to the image's width."""
     scale = (0.5, 1.0)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -501,8 +506,6 @@ class FancyPCA(nn.Module):
         shift = shift.view(*images.shape[:-3], 3, 1, 1)
         return images + shift.to(images.device, images.dtype, non_blocking=True)
 
-AUGMENTS = ("slides", "standard", "cutout", "cutmix", "none")
-
 def make_transform(mean: Sequence, std: Sequence, augment: str = "none",
                    train: ImageSet | FolderSet | None = None) -> v2.Compose:  # fmt: skip
     """Return the transform of batches: uint8 (N, 3, H, W) -> [0, 1] -> augmented -> normalised.
@@ -558,10 +561,7 @@ def save_grid(data: Data, augment: str, path: Path) -> None:
             tile = TF.to_pil_image(image).resize((side, side), Image.Resampling.NEAREST)
             picture.paste(tile, (x, y))
             draw.text((x, y + side), data.classes[label][:12], "black", font)
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that names no format
-        raise UserError(f"{path}: {error}") from None
+    picture.save(path, "PNG")
 
 def print_stats(data: Data) -> None:
     """Print counts, and the mean, std and principal components that training uses."""
@@ -569,7 +569,7 @@ def print_stats(data: Data) -> None:
     counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
     for name, count in zip(data.classes, counts):
         print(f"{count:>9}  {name:.68}")
-    pca = make_transform(data.mean, data.std, "slides", data.train).transforms[-2]
+    *_, pca, _ = make_transform(data.mean, data.std, "slides", data.train).transforms
     components = zip(pca.eigenvalues.tolist(), pca.eigenvectors.T.tolist())
     rows = [(f"eigenvalue {value:.4f}, eigenvector", vector) for value, vector in components]
     for name, values in (("mean", data.mean), ("std", data.std), *rows):
@@ -613,7 +613,7 @@ def main() -> None:
             print_stats(data)
         if args.check:
             sys.exit(min(print_faults(data), 1))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"data.py: {error}")
 
 if __name__ == "__main__":

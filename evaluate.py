@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import pickle
 import sys
 import zipfile
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from data import CENTRE_RATIO, DATASETS, Data, FolderSet, ImageSet, centre_crop, collate
-from data import load_data, make_transform, read_image
+from data import ignore_signals, load_data, make_transform, read_image
 from fishnet import UserError, create_model
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -99,7 +100,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
     classifier for another number of classes stays as it is. Raises UserError if anything else does
     not fit; the model is then unchanged."""
     content, own, kept = None, model.state_dict(), {}
-    with contextlib.suppress(DamagedFileError):  # files of 2018 look damaged, too
+    with contextlib.suppress(DamagedFileError):  # files of torch before 1.6 look damaged, too
         content = load_file(path)
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights.keys() & own.keys():
@@ -116,7 +117,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean cross entropy, errors as fractions, and for each class its error and its images."""
+    """Mean cross entropy, errors as fractions, and error and number of images of each class."""
 
     loss: float
     top1_error: float
@@ -137,7 +138,9 @@ def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | Fold
     share = Subset(images, range(accelerator.process_index, len(images), accelerator.num_processes))
     results = [torch.empty(4, 0, device=accelerator.device)]  # label, loss, top-1 and top-5 hit
     with in_evaluation(model):
-        for batch, labels in DataLoader(share, batch_size, num_workers=workers, collate_fn=collate):
+        loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate,
+                            worker_init_fn=ignore_signals)  # fmt: skip
+        for batch, labels in loader:
             logits = compute_logits(accelerator, model, batch, transform)
             labels = labels.to(accelerator.device)
             losses = F.cross_entropy(logits, labels, reduction="none")
@@ -280,8 +283,8 @@ def main() -> None:
         model = FlipAveraged(model) if args.tta else model
         transform = make_transform(checkpoint["mean"], checkpoint["std"])
         if args.files:
-            is_main = accelerator.is_main_process
-            sys.exit(is_main and predict_files(args, checkpoint, accelerator, model, transform))
+            parts = (args, checkpoint, accelerator, model, transform)
+            sys.exit(predict_files(*parts) if accelerator.is_main_process else 0)
         data = load_split(args, checkpoint, accelerator)
         images, options = getattr(data, args.split), (args.batch_size, args.workers)
         metrics = evaluate(accelerator, model, images, transform, len(data.classes), *options)
@@ -291,6 +294,9 @@ def main() -> None:
         sys.exit(f"evaluate.py: {error}")
     except (RuntimeError, MemoryError, OSError) as error:
         sys.exit(f"evaluate.py: {explain(error)}")
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # Python would wait for it, since data workers ignore SIGTERM
     if accelerator.is_main_process:
         print_metrics(metrics, args, checkpoint["name"], data.classes)
     accelerator.end_training()

@@ -18,7 +18,8 @@ FishNet-99 at 32 x 32 pixels (channels 64 128 256 512, k = 2):
     H3      8      832 + 768        H2 and B3's cat     M + identity, max-pool
     H4      4      1600 + 512       H3 and x4           M + identity, average pool -> classifier
 
-M is a bottleneck branch, r_k sums every k channels, and a sum of channels is a concatenation (cat).
+M is a bottleneck branch and r_k sums every k channels. "a + b" channels are a of the trunk and b of
+the skip, concatenated (their cat).
 
 Sources: [P] the paper, Sun et al., NeurIPS 2018, arXiv 1901.03495, whose equations and figures are
 cited; [O] its authors' code, github.com/kevin-ssy/FishNet; [S] the slides of S. H. Kim, which
@@ -76,7 +77,7 @@ class Bottleneck(nn.Module):
         return self.bn3(self.conv3(x))  # (N, C_out, H, W)
 
 class RepeatChannels(nn.Module):
-    """Widen by copying: output channel n is input channel floor(n C_in / C_out) <= n. [S]."""
+    """Widen by copying: output channel n is input channel floor(n C_in / C_out). [S]."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
@@ -98,8 +99,8 @@ def squeeze_excite(channels: int, width: int, out_channels: int, bias: bool) -> 
     return [nn.AdaptiveAvgPool2d(1), reduce, nn.ReLU(inplace=True), expand, nn.Sigmoid()]
 
 def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
-    """Return the identity if the width stays, else a 1x1 convolution "conv" ([S]), one after
-    BN-ReLU "norm_conv" ([O]), or RepeatChannels "repeat", which alone lets the gradient through."""
+    """Return the identity if the width stays, else by kind: "conv", a 1x1 convolution ([S]);
+    "norm_conv", the same after BN-ReLU ([O]); "repeat", the only one without a convolution."""
     if in_channels == out_channels:
         return nn.Identity()
     if kind == "repeat":
@@ -142,7 +143,7 @@ class SEResidualUnit(nn.Module):
 @torch.fx.wrap  # torch.fx cannot trace a comparison of sizes
 def channel_sum(x: Tensor, k: int) -> Tensor:
     """Return r_k(x), eq. 8: output channel n is the sum of input channels k n ... k n + k - 1.
-    (N, C, H, W) -> (N, C/k, H, W). The paper's sums end one channel later, as [S] points out.
+    (N, C, H, W) -> (N, C/k, H, W). The paper's sums have one channel too many, as [S] says.
     Raises UserError if k does not divide C."""
     if k == 1:
         return x
@@ -248,8 +249,6 @@ class FishNetConfig:
             self.refuse("channels", "rising widths with tail_shortcut='repeat'")
         if 0 in self.tail_depths[:3]:
             self.refuse("tail_depths", "at least one unit in T1, T2 and T3")
-        if not tail_alone:
-            channel_plan(self.channels, self.k)
 
     def refuse(self, name: str, expected: str) -> None:
         raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}")
@@ -260,7 +259,7 @@ class FishNetConfig:
 
 # ---------------------------------------------------------------------------------------- networks
 
-# A map that a network returns; stride is the number of pixels of the image that one of its spans.
+# A map that a network returns; a pixel of it spans `stride` pixels of the image along each side.
 Feature = namedtuple("Feature", "channels stride")
 HEAD = ("H1", "H2", "H3", "H4")
 
@@ -305,7 +304,7 @@ def init_weights(model: nn.Module) -> None:
             nn.init.kaiming_uniform_(module.weight)
 
 class ResNet(nn.Module):
-    """The tail alone: stem, T1 to T4, pool, classifier. [S]. It is called like FishNet."""
+    """The tail alone: stem, T1 to T4, pool, classifier. [S]. images -> logits, as FishNet."""
 
     def __init__(self, config: FishNetConfig) -> None:
         super().__init__()
@@ -343,16 +342,16 @@ class FishNet(nn.Module):
         self.config = config
         trunk, skip = channel_plan(config.channels, config.k, self.b4_has_skip)
         width = trunk[6] + skip[6]
-        self.make_tail(config)
+        self.add_tail(config)
         stages = (self.make_stage(config, i, trunk[i], skip[i]) for i in range(7))
         self.b4, self.b3, self.b2, self.h1, self.h2, self.h3, self.h4 = stages
-        self.make_classifier(config, width)
+        self.add_classifier(config, width)
         stride, head = config.stem_stride, [*trunk[4:], width]
         self.feature_info = {f"H{i + 1}": Feature(head[i], stride << i) for i in range(4)}
         self.feature_info |= {f"B{i + 1}": Feature(trunk[4 - i], stride << i) for i in (1, 2, 3)}
         init_weights(self)
 
-    def make_tail(self, config: FishNetConfig) -> None:
+    def add_tail(self, config: FishNetConfig) -> None:
         c4 = config.channels[3]
         self.stem = make_stem(config)
         self.t1, self.t2, self.t3, self.t4 = make_tail(config, config.tail_shortcut)
@@ -369,7 +368,7 @@ class FishNet(nn.Module):
             transfer = Bottleneck(skip, skip, config.preact)
         return Stage(regular, transfer, Refine(trunk + skip, k, config.preact))
 
-    def make_classifier(self, config: FishNetConfig, width: int) -> None:
+    def add_classifier(self, config: FishNetConfig, width: int) -> None:
         self.pool = make_pool(width, config.final_norm)
         self.fc = nn.Linear(width, config.num_classes, bias=False)
 
@@ -447,18 +446,18 @@ class ImageNetFishNet(FishNet):
     b4_has_skip = False
 
     def __init__(self, config: FishNetConfig) -> None:
-        for name, value in IMAGENET.items():
+        for name, value in IMAGENET_FIELDS.items():
             if getattr(config, name) != value:
                 config.refuse(name, f"{value!r} in an ImageNet network")
         for name, least in (("body_depths", 1), ("tail_depths", 1), ("transfer_depths", 0)):
             if min(getattr(config, name), default=-1) < least:
-                config.refuse(name, f"{'7 ' * (not least)}integers of at least {least}")
+                config.refuse(name, f"at least {least} units in each of the stages")
         super().__init__(config)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
-    def make_tail(self, config: FishNetConfig) -> None:
+    def add_tail(self, config: FishNetConfig) -> None:
         c1, _, _, c4 = config.channels
         stem, widths = [], (config.in_channels, c1 // 2, c1 // 2, c1)
         for i, stride in enumerate((2, 1, 1)):
@@ -481,23 +480,23 @@ class ImageNetFishNet(FishNet):
         kind = Stage if skip else StageWithoutSkip
         return kind(nn.Identity(), transfer, nn.Sequential(*refine))
 
-    def make_classifier(self, config: FishNetConfig, width: int) -> None:
+    def add_classifier(self, config: FishNetConfig, width: int) -> None:
         reduce = norm_relu_conv(width, width // 2)
         self.pool = nn.Sequential(*reduce, *make_pool(width // 2, final_norm=True))
         self.fc = nn.Linear(width // 2, config.num_classes)
 
     def forward_tail(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return x1, x2, x3 and twice the bridge, which H4 takes in the place of x4."""
+        """Return x1, x2, x3, and the bridge in two places: H4 takes it instead of x4."""
         x1, x2, x3, _, bridge = super().forward_tail(x)
         return x1, x2, x3, bridge, bridge
 
 # These fields have the same value in all of the paper's networks, [O].
-IMAGENET = {"stem_stride": 4, "stem_depth": 2, "preact": True, "final_norm": True}
-IMAGENET |= {"tail_shortcut": "conv", "bridge": "se"}
+IMAGENET_FIELDS = {"stem_stride": 4, "stem_depth": 2, "preact": True, "final_norm": True}
+IMAGENET_FIELDS |= {"tail_shortcut": "conv", "bridge": "se"}
 
-def imagenet(tail: Sequence, body: Sequence, head: Sequence, transfer: Sequence) -> FishNetConfig:
+def paper(tail: Sequence, body: Sequence, head: Sequence, transfer: Sequence) -> FishNetConfig:
     depths = {"tail_depths": tail, "body_depths": body, "head_depths": head}
-    return FishNetConfig(**depths, transfer_depths=transfer, num_classes=1000, **IMAGENET)
+    return FishNetConfig(**depths, transfer_depths=transfer, num_classes=1000, **IMAGENET_FIELDS)
 
 CONFIGS = {
     "fishnet99": FishNetConfig(),
@@ -509,9 +508,9 @@ CONFIGS = {
         (64, 128, 256, 256), (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0), transfer_depths=(0,) * 7, k=8,
         stem_depth=0, stem_stride=2, final_norm=True,
     ),
-    "fishnet99_imagenet": imagenet((2, 2, 6, 2), (1, 1, 1), (1, 2, 2, 0), (0, 1, 1, 1, 1, 1, 4)),
-    "fishnet150_imagenet": imagenet((2, 4, 8, 4), (2, 2, 2), (2, 2, 4, 0), (0, 2, 2, 2, 2, 2, 4)),
-    "fishnet201_imagenet": imagenet((3, 4, 12, 4), (2,) * 3, (2, 3, 10, 0), (0, 2, 2, 2, 2, 2, 9)),
+    "fishnet99_imagenet": paper((2, 2, 6, 2), (1, 1, 1), (1, 2, 2, 0), (0, 1, 1, 1, 1, 1, 4)),
+    "fishnet150_imagenet": paper((2, 4, 8, 4), (2, 2, 2), (2, 2, 4, 0), (0, 2, 2, 2, 2, 2, 4)),
+    "fishnet201_imagenet": paper((3, 4, 12, 4), (2,) * 3, (2, 3, 10, 0), (0, 2, 2, 2, 2, 2, 9)),
 }  # fmt: skip
 
 def create_model(name: str, /, **overrides: object) -> nn.Module:
@@ -529,8 +528,8 @@ def create_model(name: str, /, **overrides: object) -> nn.Module:
         return make(**overrides)
     if name not in CONFIGS:
         raise UserError(f"model={name!r}: expected one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
-    for field in overrides.keys() - {field.name for field in fields(FishNetConfig)}:
-        raise UserError(f"{field}: not a field of FishNetConfig")
+    if unknown := sorted(overrides.keys() - {field.name for field in fields(FishNetConfig)}):
+        raise UserError(f"{unknown[0]}: not a field of FishNetConfig")
     config = replace(CONFIGS[name], **overrides)
     if name.endswith("_imagenet"):
         return ImageNetFishNet(config)

@@ -15,8 +15,8 @@ For one square image (224 pixels for the paper's networks and others' code, else
     activations  memory that a float32 training step keeps between forward and backward pass: each
                  tensor that autograd saves, once. A batch of n images keeps n times as much.
 
---stages prints parameters and MACs of the stem, each stage, pool and classifier (fc), and by the
-rule of [S]:
+--stages prints parameters and MACs of the stem, each stage and the classifier (fc), and by the rule
+of [S]:
 
     size         side of the stage's output; in the tail before its pool
     blocks       bottlenecks of the stem, residual units of the tail, regular units elsewhere
@@ -59,7 +59,7 @@ SLIDES_OPERATORS = {
 
 @dataclass(frozen=True)
 class Counts:
-    """The columns of the table, which the top of this file defines."""
+    """The columns of the table, explained at the top of this file."""
 
     params: int
     macs: int
@@ -68,7 +68,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class StageCounts:
-    """A row of the layer table, which the top of this file defines."""
+    """A row of the layer table, explained at the top of this file."""
 
     stage: str
     size: int

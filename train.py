@@ -19,6 +19,7 @@ import ctypes
 import io
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -42,7 +43,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_first, collate
-from data import load_data, make_transform, seeded
+from data import ignore_signals, load_data, make_transform, seeded
 from evaluate import CHECKPOINT_FORMAT, DamagedFileError, check_weights, evaluate
 from evaluate import load_checkpoint, load_pretrained
 from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, zero_init_last
@@ -65,7 +66,7 @@ DEMO = STRONG | dict(
 )  # fmt: skip
 RECIPES = {"baseline": BASELINE, "strong": STRONG, "demo": DEMO}
 
-# A run may continue with other values of these flags. All others decide its result.
+# A run may continue with other values of these flags. Any other change needs --override.
 FREE = (
     "recipe", "data_dir", "workers", "model_args", "pretrained", "max_steps", "patience", "compile",
     "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override", "log_every",
@@ -81,10 +82,11 @@ def parse_field(text: str) -> tuple[str, object]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=RECIPES, default="baseline", help="sets the defaults")
-    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False, formatter_class=style)
     add, path = parser.add_argument, os.path.expanduser
     add("--dataset", choices=DATASETS, help="what to train on")
-    add("--data-dir", type=path, default="data", help="of CIFAR, or of your train/ and val/")
+    add("--data-dir", type=path, default="data", help="folder with CIFAR, or train/ and val/")
     add("--image-size", type=int, help="side of a folder's crops, 224 if not given")
     add("--val-fraction", type=float, help="part of the training images kept for validation")
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
@@ -94,28 +96,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FIELD=VALUE", help="fields of FishNetConfig, such as k=4, or FUNCTION's arguments")
     add("--pretrained", type=path, metavar="PATH", help="start from these weights")
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
-    add("--epochs", type=int, help="length of the learning rate schedule")
+    add("--epochs", type=int, help="to train, and the length of the learning rate schedule")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
     add("-b", "--batch-size", type=int, help="over all processes and accumulated parts")
     add("--grad-accum-steps", type=int, default=1, help="parts of a batch, to save memory")
-    add("--opt", choices=("adam", "adamw", "sgd", "muon"), help="sgd and muon: Nesterov, 0.9")
+    add("--opt", choices=("adam", "adamw", "sgd", "muon"), help="sgd, muon: Nesterov momentum 0.9")
     add("--lr", type=float, help="peak learning rate")
     add("--weight-decay", type=float, help="adam, sgd: L2 penalty; adamw, muon: decay")
-    add("--sched", choices=("step", "cosine"), help="a tenth every --decay-epochs, or cosine to 0")
+    add("--sched", choices=("step", "cosine"), help="step: by 0.1 every --decay-epochs")
     add("--decay-epochs", type=int, default=30, help="for --sched step")
     add("--warmup-epochs", type=float, help="linear rise of the learning rate at the start")
     add("--smoothing", type=float, help="label smoothing")
     add("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: no limit")
-    add("--patience", type=int, help="epochs without a lower validation loss; 0: no limit")
+    add("--patience", type=int, help="stop after so many epochs without a lower val loss")
     add("--seed", type=int, default=0, help="of weights, split, order and augmentation")
-    add("--mixed-precision", choices=("no", "tf32", "fp16", "bf16"), help="or accelerate launch's")
+    add("--mixed-precision", choices=("no", "tf32", "fp16", "bf16"), help="or as launched")
     add("--compile", action="store_true", help="use torch.compile; the first step takes minutes")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--output-dir", type=path, help="runs/<model>-<dataset>-<time> if not given")
     add("--checkpoint-every", type=int, default=0, help="steps between saves inside an epoch")
-    add("--resume", type=path, metavar="PATH|auto", help="auto: the newest one in --output-dir")
+    add("--resume", type=path, metavar="PATH|auto", help="auto: newest in --output-dir")
     add("--override", action="store_true", help="resume although flags changed")
-    add("--log-every", type=int, default=10, help="steps between points in TensorBoard")
+    add("--log-every", type=int, default=10, help="steps between checks, and TensorBoard's points")
     recipe = dict(RECIPES[first.parse_known_args(argv)[0].recipe])
     fields = recipe.pop("model_args")
     parser.set_defaults(**recipe)
@@ -131,7 +133,7 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
     positive = ("epochs", "batch_size", "grad_accum_steps", "decay_epochs", "log_every")
     for name, value in vars(args).items():
         if type(value) in (int, float) and not int(name in positive) <= value < 2**63:
-            expected = f"expected a number of at least {int(name in positive)}"
+            expected = f"expected a finite number of at least {int(name in positive)}"
             raise UserError(f"{name.replace('_', '-')}={value}: {expected}")
     parts = accelerator.num_processes * args.grad_accum_steps
     is_on_cpu = accelerator.device.type == "cpu"
@@ -158,7 +160,9 @@ def prepare_machine(precision: str | None, accum_steps: int = 1) -> Accelerator:
     is_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_tf32
     torch.backends.cudnn.deterministic = True
-    accumulation = GradientAccumulationPlugin(accum_steps, False, sync_with_dataloader=False)
+    accumulation = GradientAccumulationPlugin(
+        num_steps=accum_steps, adjust_scheduler=False, sync_with_dataloader=False
+    )
     loading = DataLoaderConfiguration(split_batches=True, non_blocking=True)
     accelerator = Accelerator(
         mixed_precision="no" if is_tf32 else precision, dataloader_config=loading,
@@ -174,8 +178,9 @@ def prepare_machine(precision: str | None, accum_steps: int = 1) -> Accelerator:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         torch.set_flush_denormal(True)  # numbers under 1e-38 make arithmetic many times slower
         if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-            mallopt(-1, 2**31 - 1)  # keep freed memory: page faults would take a fifth of a step
-            mallopt(-3, 2**31 - 1)
+            # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: else page faults take a fifth of a step.
+            for option in (-1, -3):
+                mallopt(option, 2**31 - 1)
     return accelerator
 
 def compute_lr(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
@@ -189,7 +194,7 @@ def compute_lr(args: argparse.Namespace, step: int, steps_per_epoch: int) -> flo
     return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Return matrices with the same singular vectors and singular values near 1. The shapes (M, N)
+    """Return matrices with the same singular vectors and most singular values near 1. Shapes (M, N)
     may differ, but not their smaller side. Three Newton-Schulz steps take each singular value s of
     x / |x| to p(p(p(s))) with p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5: 0.68 to 1.21 for s over
     0.02. Two more steps, as is usual, would lift smaller values as well."""
@@ -251,7 +256,8 @@ class Muon(torch.optim.Optimizer):
             # The columns are in the order of channels_last, which is that of the weights.
             matrices = [updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices]
             results = orthogonalize(matrices)
-            torch._foreach_mul_(results, [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices])
+            tall = [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices]  # Muon's usual factors
+            torch._foreach_mul_(results, tall)
             for i, result in zip(indices, results):
                 rows, channels, *kernel = updates[i].shape
                 updates[i] = result.view(rows, *kernel, channels).permute(0, 3, 1, 2)
@@ -291,9 +297,11 @@ class StopSignal:
 
     def agree(self, accelerator: Accelerator, wait: bool = True) -> int:
         """Return the signal that any process got, or 0, the same on all, so that all stop together.
-        That takes time, so several processes ask one another only if they may `wait`."""
-        if accelerator.num_processes == 1 or not wait:
-            return self.number if accelerator.num_processes == 1 else 0
+        Asking GPUs means waiting for them, so without `wait` the answer there is 0."""
+        if accelerator.num_processes == 1:
+            return self.number
+        if accelerator.device.type != "cpu" and not wait:
+            return 0
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 Run = SimpleNamespace  # what the loop works with; make_run lists its fields
@@ -301,8 +309,9 @@ Run = SimpleNamespace  # what the loop works with; make_run lists its fields
 # ------------------------------------------------------------------------------------ checkpoints
 
 def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
-    """Write a file as a whole or not at all, and keep the old one. Raises UserError if it fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file as a whole or not at all; `keep_as` keeps the old one. Raises UserError if the
+    disk refuses."""
+    temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -320,7 +329,7 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
         os.close(folder)
 
 def describe(run: Run) -> dict:
-    """Return what a run is, besides its flags; a resumed run must have the same."""
+    """Return what fixes an experiment besides its flags: a resumed run must have the same."""
     config = run.args.model_args | {"num_classes": len(run.data.classes)}
     if ":" not in run.args.model:
         config = asdict(run.accelerator.unwrap_model(run.model).config)
@@ -331,7 +340,7 @@ def save(run: Run, *names: str) -> None:
     """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on all
     processes. Raises UserError if a step since the last save was not finite."""
     settle(run)
-    if not run.accelerator.is_main_process:
+    if not names or not run.accelerator.is_main_process:
         return
     run.writer.flush()
     weights, scaler = run.accelerator.unwrap_model(run.model).state_dict(), run.accelerator.scaler
@@ -355,7 +364,8 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     wanted = {name: value for name, value in vars(run.args).items() if name not in FREE}
     wanted |= own["config"] | {"images": own["images"]}
     found = checkpoint["args"] | checkpoint["config"] | {"images": checkpoint["images"]}
-    changes = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k) != v]
+    names = [name for name in wanted | checkpoint["config"] if found.get(name) != wanted.get(name)]
+    changes = [f"{name} {found.get(name)} -> {wanted.get(name)}" for name in names]
     if changes and not run.args.override:
         way_on = "repeat its flags, or add --override to continue with the new ones"
         settings = f"different settings: {', '.join(changes)}"
@@ -369,7 +379,7 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     if run.accelerator.scaler and checkpoint["scaler"]:
         run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
     run.state = state = RunState(**checkpoint["state"])
-    if not state.epoch <= state.step / run.steps <= state.epoch + 1:
+    if checkpoint["images"]["train"] // checkpoint["args"]["batch_size"] != run.steps:
         raise UserError(f"{path}: the number of steps of an epoch cannot change inside a run")
     if path.resolve().parent != run.folder.resolve():
         state.best_loss, state.best_epoch = math.inf, state.epoch  # best.pt stays where it was
@@ -379,7 +389,7 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
 
 def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     """Do one optimizer step on a global batch. Return this process's (4,): the sums of losses,
-    errors and images, and a number that is finite if loss and gradient are."""
+    errors and images, and a number that is not finite if the step must not be saved."""
     args, accelerator, state = run.args, run.accelerator, run.state
     for group in run.optimizer.param_groups:
         group["lr"] = compute_lr(args, state.step, run.steps)
@@ -388,16 +398,15 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     state.data_seconds += time.perf_counter() - started
     sums = torch.zeros(3, device=accelerator.device)
     for part, (images, labels) in enumerate(parts):
-        started = time.perf_counter()
-        # The parts of a batch have the same numbers on one process that accumulates and on several.
+        # Parts are numbered alike on one process that accumulates and on several that do not.
         shard = part * accelerator.num_processes + accelerator.process_index
-        with seeded(args.seed, state.epoch, state.step, shard):
+        with seeded(args.seed, state.epoch, state.step, shard), accelerator.accumulate(run.model):
+            started = time.perf_counter()
             images, targets = run.transform(images), labels
             if run.mix:
                 images, targets = run.mix(images, labels)  # targets: (N, classes)
                 labels = targets.argmax(1)
-        state.data_seconds += time.perf_counter() - started
-        with accelerator.accumulate(run.model):
+            state.data_seconds += time.perf_counter() - started
             logits = run.model(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
             accelerator.backward(loss)
@@ -408,8 +417,9 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         errors = (logits.detach().argmax(1) != labels).sum()
         count = torch.full_like(errors, len(labels))
         sums += torch.stack([loss.detach() * count, errors, count])
-    is_skipped = accelerator.optimizer_step_was_skipped  # by fp16's scaler: the norm is not finite
-    return torch.cat([sums, (sums[0] if is_skipped else sums[0] + norm)[None]])
+    # fp16's scaler skips a step if the norm is not finite, which is no harm.
+    check = sums[0] if accelerator.optimizer_step_was_skipped else sums[0] + norm
+    return torch.cat([sums, check[None]])
 
 def train_epoch(run: Run) -> dict[str, float]:
     """Train to the end of the epoch or to --max-steps; return a row of metrics.csv. A signal saves
@@ -424,7 +434,7 @@ def train_epoch(run: Run) -> dict[str, float]:
                ncols=79, leave=False, disable=not sys.stderr.isatty())  # fmt: skip
     batches = iter(run.loader) if state.step < end else iter(())
     while state.step < end:
-        started = time.perf_counter()
+        started, data_before = time.perf_counter(), state.data_seconds
         run.pending.append(train_step(run, batches))
         state.step += 1
         run.skipped = run.skipped + 1 if run.accelerator.optimizer_step_was_skipped else 0
@@ -436,7 +446,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         seconds = time.perf_counter() - started
         if run.is_compiling:
             run.accelerator.print(f"compiled in the first step, {seconds:.0f} s")
-            run.is_compiling, state.data_seconds = False, 0.0
+            run.is_compiling, state.data_seconds = False, data_before
         else:
             state.seconds, state.timed_steps = state.seconds + seconds, state.timed_steps + 1
         bar.update()
@@ -456,15 +466,16 @@ def train_epoch(run: Run) -> dict[str, float]:
 def settle(run: Run) -> list[float]:
     """Add pending results of train_step to the sums of the epoch; return those of the last step.
     Raises UserError, on all processes, if one of them is not finite."""
-    sums, pending = [], run.pending
-    results = run.accelerator.reduce(torch.stack(pending), "sum").tolist() if pending else []
-    pending.clear()
-    for step, (*sums, check) in enumerate(results, run.state.step - len(results) + 1):
+    results = []
+    if run.pending:
+        results = run.accelerator.reduce(torch.stack(run.pending), "sum").tolist()
+    run.pending.clear()
+    for step, (*values, check) in enumerate(results, run.state.step - len(results) + 1):
         if not math.isfinite(check) or run.skipped > 20:
             reason = f"the loss or its gradient is not finite at step {step}"
             raise UserError(f"{reason}: try a lower --lr; earlier checkpoints are intact")
-        run.state.sums = [total + value for total, value in zip(run.state.sums, sums)]
-    return sums
+        run.state.sums = [total + value for total, value in zip(run.state.sums, values)]
+    return results[-1][:3] if results else []
 
 def run_epochs(run: Run) -> None:
     """Train, validate, log and save, epoch by epoch, until the run is finished."""
@@ -488,13 +499,13 @@ def run_epochs(run: Run) -> None:
             if not math.isfinite(val.loss):
                 if run.accelerator.is_main_process:  # --resume auto shall take the one before it
                     (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
-                reason = f"the validation loss is not finite after step {state.step}"
-                raise UserError(f"{reason}: lower --lr, with --resume auto --override")
+                way_on = "lower --lr, with --resume auto --override or in a new folder"
+                raise UserError(f"validation loss after step {state.step} is not finite: {way_on}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
                     "val_top5_error": val.top5_error}  # fmt: skip
         log_epoch(run, row)
         is_whole = state.step == (state.epoch + 1) * run.steps
-        is_best = row.get("val_loss", -math.inf) < state.best_loss
+        is_best = row.get("val_loss", -math.inf) < state.best_loss  # without validation: always
         names = ["best.pt"] if is_best and (is_whole or math.isinf(state.best_loss)) else []
         if is_whole:
             names.append("last.pt")
@@ -557,8 +568,10 @@ def log_epoch(run: Run, row: dict[str, float]) -> None:
     for name in ("val_loss", "val_top1_error", "val_top5_error"):
         if name in row:
             run.writer.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
-    rows = [row.keys(), *(row.values() for row in (*run.state.history, row))]
-    text = "".join(",".join(map(str, values)) + "\n" for values in rows)
+    rows = [*run.state.history, row]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    text = "".join(",".join(map(str, values)) + "\n" for values in table)
     write_atomic(run.folder / "metrics.csv", text.encode())
     line = f"epoch {row['epoch']:>3}/{run.args.epochs}"
     for name in ("train", "val") if "val_loss" in row else ("train",):
@@ -586,13 +599,12 @@ def find_run(args: argparse.Namespace) -> tuple[Path, Path | None, dict | None]:
     "auto" takes the newest whole one and renames damaged ones. Raises UserError if the folder holds
     another run, or one of which nothing is whole."""
     name = f"{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}".replace(":", "-")
-    own = Path(args.resume).parent if args.resume and args.resume != "auto" else None
-    folder = Path(args.output_dir or own or f"runs/{name}")
+    path = Path(args.resume) if args.resume and args.resume != "auto" else None
+    folder = Path(args.output_dir or (path.parent if path else f"runs/{name}"))
     if args.resume != "auto":
-        if any(folder.glob("*.pt")) and not (own and own.resolve() == folder.resolve()):
+        if any(folder.glob("*.pt")) and not (path and path.parent.resolve() == folder.resolve()):
             raise UserError(f"{folder}: holds a run; add --resume auto, or another --output-dir")
-        path = Path(args.resume) if own else None
-        return folder, path, load_checkpoint(path) if own else None
+        return folder, path, load_checkpoint(path) if path else None
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
             if path.exists():
@@ -625,18 +637,19 @@ def load_same_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
             options = (args.val_fraction, args.seed, args.image_size)
             data = load_data(args.dataset, args.data_dir, *options)
             flags = [value for name, value in vars(args).items() if name not in FREE]
-            summary = (*flags, *data.classes, *data.train.labels.tolist(), len(data.val))
+            labels = data.train.labels.tolist()
+            summary = (flags, args.model_args, data.classes, labels, len(data.val))
         except UserError as error:
             summary = error
     summaries = gather_object([summary])
-    for error in (found for found in summaries if isinstance(found, UserError)):
-        raise error
+    if errors := [found for found in summaries if isinstance(found, UserError)]:
+        raise errors[0]
     if any(found != summaries[0] for found in summaries):
         raise UserError("the processes have different flags or data, which must be the same")
     return data
 
 def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator) -> nn.Module:
-    """Return the network as the seed draws it, with --pretrained weights if given."""
+    """Return the network as the seed draws it."""
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=classes, **args.model_args)
     stride = getattr(getattr(model, "config", None), "stride", 1)
@@ -644,13 +657,11 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
         raise UserError(f"image-size={args.image_size}: expected a multiple of {stride}")
     if args.zero_init_last:
         zero_init_last(model)
-    if args.pretrained:
-        accelerator.print(load_pretrained(model, args.pretrained))
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:  # in place, which leaves the names of the weights
         is_alone = accelerator.num_processes == args.grad_accum_steps == 1
-        use_graphs = is_alone and accelerator.device.type == "cuda"  # gradients must stay in place
+        use_graphs = is_alone and accelerator.device.type == "cuda"  # gradients must not move
         model.compile(mode="reduce-overhead" if use_graphs else None)
     return model.to(memory_format=torch.channels_last)
 
@@ -665,8 +676,11 @@ def make_run(args: argparse.Namespace) -> Run:
     data = load_same_data(args, accelerator)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(data.train, batch_sampler=sampler, num_workers=args.workers,
-                        collate_fn=collate, pin_memory=torch.cuda.is_available())  # fmt: skip
+                        collate_fn=collate, worker_init_fn=ignore_signals,
+                        pin_memory=torch.cuda.is_available())  # fmt: skip
     model = make_model(args, len(data.classes), accelerator)
+    if args.pretrained and not path:
+        accelerator.print(load_pretrained(model, args.pretrained))
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
     run = Run(
         args=args, accelerator=accelerator, folder=folder, data=data, model=model,
@@ -704,7 +718,7 @@ def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        return "out of memory: lower --batch-size, or add --checkpoint-activations"
+        return "out of memory: lower --batch-size, or train with --checkpoint-activations"
     if "shared memory" in text:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
     if "DataLoader worker" in text:
@@ -728,13 +742,13 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError, OSError) as error:
-        if run and run.stop.number and "DataLoader worker" in str(error):
-            # The signal went to the whole group and ended a worker, before a step had begun.
-            if run.accelerator.num_processes == 1:
-                save(run, "last.pt")
-            stop_run(run, run.stop.number)
         sys.exit(f"train.py: {explain(error)}")
-    if (best := run.folder / "best.pt").exists():
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # Python would wait for it, since data workers ignore SIGTERM
+        if run and run.writer:
+            run.writer.close()
+    if (best := run.folder / "best.pt").exists() and (len(data.test) or len(data.val)):
         model = f" --model {args.model}" if ":" in args.model else ""
         split = "" if len(data.test) else " --split val"
         accelerator.print(f"python evaluate.py {shlex.quote(str(best))}{model}{split}")

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import stat
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,12 +19,9 @@ from test_train import assert_same, load, read_rows, set_validation_losses
 import evaluate
 import train
 
-@pytest.mark.parametrize("processes, number, code", [
-    (1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, signal.SIGTERM, 1),
-])  # fmt: skip
+@pytest.mark.parametrize("processes, number, code", [(1, 15, 143), (1, 2, 130), (2, 15, 1)])
 def test_a_signal_to_the_group_saves(cifar_dir, run_train, tmp_path, processes, number, code):
-    """It comes inside a step, twice, as from an impatient user, and workers must not die of it.
-    torchrun hands it on to the groups of its processes."""
+    """Workers must not die of it. It comes inside a step, and torchrun hands it on."""
     (tmp_path / "script.py").write_text("""
 import time, train
 measure_gradient = train.measure_gradient
@@ -42,22 +38,19 @@ train.main()
     process = start_python(processes, *arguments)
     while (line := process.stdout.readline()) != "now\n":
         assert line, "ended too early"
-    for _ in range(3 - processes):
+    for _ in range(3 - processes):  # an impatient user sends it twice
         os.killpg(process.pid, number)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == code and f"{number.name}: saved step 8; continue with" in out, out
+    out, name = process.communicate(timeout=60)[0], signal.Signals(number).name
+    assert process.returncode == code and f"{name}: saved step 8; continue with" in out, out
     assert load(tmp_path / "run" / "last.pt")["state"]["sums"][2] == 2 * 32  # of the second epoch
     if processes == 1:
         run_train(tmp_path / "whole", "--epochs", "1000", "--max-steps", "8")
         assert_same(*(load(tmp_path / name / "last.pt") for name in ("run", "whole")))
 
-def test_a_signal_to_one_process_stops_all_and_gpus_are_seldom_asked():
-    stop, other = train.StopSignal(), torch.tensor([signal.SIGTERM])
-    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    two.gather = lambda mine: torch.cat([mine, other])
-    assert stop.agree(two, wait=True) == stop.agree(two, wait=False) == signal.SIGTERM
-    two.device = torch.device("cuda")
-    assert stop.agree(two, wait=False) == 0
+def test_a_signal_to_one_process_stops_all_after_their_step():
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=lambda own: own + 15)
+    assert train.StopSignal().agree(two, wait=True) == signal.SIGTERM
+    assert train.StopSignal().agree(two, wait=False) == signal.SIGTERM
 
 def test_a_run_killed_five_times_ends_like_one_that_was_not(cifar_dir, tmp_path, run_train):
     """Each kill comes inside a save: at a write, at a sync, between two renames."""
@@ -104,8 +97,8 @@ def test_a_damaged_checkpoint_is_renamed_and_the_one_before_is_used(run_train, t
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(SystemExit, match=r"no whole last\.pt is left"):
         run_train(tmp_path, *flags, "--resume", "auto")
-    best = str(tmp_path / "best.pt")
-    assert "at step 5" in run_train(tmp_path, "--max-steps", "6", "--resume", best)
+    flags = "--max-steps", "6", "--resume", str(tmp_path / "best.pt")
+    assert "at step 5" in run_train(tmp_path, *flags)
 
 def test_a_write_that_the_kernel_refuses_leaves_the_checkpoint(run_train, tmp_path):
     """A file may not grow beyond half a checkpoint."""
@@ -126,8 +119,8 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     def sync_files(file):
         calls.append("fsync")
-        if stat.S_ISDIR(os.fstat(file).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")  # as some file systems do
+        if calls[-2:] == ["replace", "fsync"]:  # some file systems refuse it for folders
+            raise OSError(errno.EINVAL, "Invalid argument")
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", sync_files)
@@ -148,7 +141,7 @@ def test_locks_are_not_required(run_train, tmp_path, monkeypatch):
         assert "cannot be locked" in run_train(tmp_path, "--resume", "auto", "--max-steps", "1")
     assert load(tmp_path / "last.pt")["state"]["step"] == 1
 
-def test_a_folder_in_use_or_in_a_file_is_refused(run_train, tmp_path):
+def test_a_folder_in_use_is_refused(run_train, tmp_path):
     code = "import train; lock = train.lock_folder(train.Path('.')); print('held'); input()"
     other = start_python(1, "-c", code, cwd=tmp_path, stdin=subprocess.PIPE)
     assert other.stdout.readline() == "held\n"
@@ -157,8 +150,6 @@ def test_a_folder_in_use_or_in_a_file_is_refused(run_train, tmp_path):
     other.kill()
     other.wait()
     run_train(tmp_path, "--max-steps", "1")
-    with pytest.raises(SystemExit, match=r"train\.py: .*args\.json"):
-        run_train(tmp_path / "args.json" / "run")
 
 def test_numbers_that_are_not_finite_are_not_saved(run_train, tmp_path, monkeypatch):
     run_train(tmp_path, "--max-steps", "2")
@@ -172,15 +163,15 @@ def test_numbers_that_are_not_finite_are_not_saved(run_train, tmp_path, monkeypa
             run_train(tmp_path, *flags, "1")
         monkeypatch.setattr(train.StopSignal, "agree", lambda *_: signal.SIGTERM)
     assert (tmp_path / "last.pt").read_bytes() == before
-    monkeypatch.setattr(train.Accelerator, "optimizer_step_was_skipped", True)  # for ever, in fp16
+    monkeypatch.undo()
+    monkeypatch.setattr(train.Accelerator, "optimizer_step_was_skipped", True)  # by fp16, always
     with pytest.raises(SystemExit, match="not finite"):
         run_train(tmp_path / "fp16", "--epochs", "9")
 
 def test_the_first_step_that_is_not_finite_on_any_process_is_named():
-    own, other = torch.ones(3, 4), torch.ones(3, 4)
-    other[1:, 3] = torch.nan
+    other = torch.tensor([[1.0] * 4, [torch.nan] * 4, [torch.nan] * 4])
     accelerator = SimpleNamespace(reduce=lambda values, _: values + other)
-    run = SimpleNamespace(accelerator=accelerator, pending=[*own], skipped=0)
+    run = SimpleNamespace(accelerator=accelerator, pending=[*torch.ones(3, 4)], skipped=0)
     run.state = train.RunState(step=5)  # after steps 3, 4 and 5
     with pytest.raises(train.UserError, match="not finite at step 4"):
         train.settle(run)
@@ -191,19 +182,16 @@ def test_a_validation_loss_that_is_not_finite_leads_back(run_train, tmp_path, mo
     for _ in range(2):  # the second time from previous.pt
         with pytest.raises(SystemExit, match=r"not finite after step 12: .* --resume auto"):
             run_train(tmp_path / "run", *flags)
-    out = run_train(tmp_path / "run", *flags, "--override", "--lr", "0.01")
-    assert "previous.pt at step 6" in out
+    flags = *flags, "--override", "--lr", "0.01"
+    assert "previous.pt at step 6" in run_train(tmp_path / "run", *flags)
     set_validation_losses(monkeypatch, torch.nan)
     with pytest.raises(SystemExit, match="not finite after step 6") as error:
         run_train(tmp_path / "first")
     assert "--resume" not in str(error.value)  # there is nothing to continue from
 
-def test_only_failures_of_the_machine_become_one_line():
-    cpu = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(cpu), MemoryError()):
+def test_out_of_memory_says_what_to_do():
+    for error in (torch.OutOfMemoryError(), MemoryError(), RuntimeError("can't allocate memory")):
         assert "out of memory: lower --batch-size" in train.explain(error)
-    with pytest.raises(RuntimeError, match="a mistake"):
-        train.explain(RuntimeError("a mistake"))
 
 @pytest.mark.parametrize("fault, error, message", [
     ("", SystemExit, r"train\.py: DataLoader worker .*--workers 0$"),  # it dies
@@ -233,15 +221,16 @@ def test_a_worker_that_cannot_start_ends_a_program(run_train, tmp_path, monkeypa
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(os, "fork", fork_first)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     with pytest.raises(SystemExit, match=r"^train\.py: .*memory"):
         run_train(tmp_path / "new", "--workers", "2")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "best.pt"), "--workers", "2"])
     with pytest.raises(SystemExit, match=r"^evaluate\.py: .*memory"):
         evaluate.main()
-    for child in multiprocessing.active_children():  # as Python does when it ends
-        child.terminate()
+    for child in multiprocessing.active_children():
+        child.terminate()  # as Python does when it ends
         child.join(9)
-        assert not child.is_alive()
+    assert not multiprocessing.active_children()
 
 def test_two_machines_agree_on_checkpoint_and_data(run_train, cifar_dir, tiny_dir, tmp_path):
     """Each has its own folders: both continue from the main one's, and other data is refused."""

@@ -461,7 +461,7 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
     ("--batch-size 30 --grad-accum-steps 4", "batch-size=30: expected 4 parts"),
     ("--batch-size 5000", "batch-size=5000: expected at most 192"),
     ("--lr nan", "lr=nan: expected a number of at least 0"),
-    ("--val-fraction 1", "val-fraction=1.0"),
+    ("--output-dir /dev/null/run", "/dev/null/run: Not a directory"),
     ("--mixed-precision fp16", "mixed-precision=fp16: use bf16 or no on a CPU"),
     ("--resume nothing.pt", "nothing.pt: No such file"),
     ("--resume /dev", "/dev: Is a directory"),

@@ -1,44 +1,40 @@
 """Try to break what the project promises: kills, signals, full disks, damaged and hostile files.
 
-    python tests/torture.py                      # everything, 12 minutes on one core
+    python tests/torture.py                      # everything, 10 minutes on one core
     python tests/torture.py --only kills images  # some parts
     python tests/torture.py --quick              # a tenth of the cases
 
-Run it by hand, on Linux. It ends with a table of faults, all of which must be zero; otherwise the
-exit code is 1. Seeds are fixed, and only the moments of kills and signals differ from run to run.
+Run it by hand, on Linux. It ends with a table of faults, which must all be zero; otherwise the exit
+code is 1. Seeds are fixed: only the moments of kills and signals differ from one call to another.
 Each run of train.py is forked from this process, which has imported torch but computes nothing.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import datetime
-import functools
+import ctypes
 import io
+import itertools
 import logging
 import math
 import multiprocessing
 import os
 import pickle
-import platform
 import random
 import re
 import resource
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)  # TensorBoard reports every resume
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -53,32 +49,17 @@ from test_train import assert_same, keep_every_step, outcome
 
 import train
 from data import read_batch, read_image, read_pickle
-from evaluate import load_checkpoint, load_pretrained
+from evaluate import Metrics, load_checkpoint, load_pretrained
 from fishnet import UserError, create_model
 
 STEPS = 12  # of the run of three epochs that most parts use
-KINDS = ("wrong", "traceback", "hang", "lost", "code ran")
 RESUME = ("--resume", "auto")
-# A process that loses its neighbour may print a traceback with one of these.
-CONNECTION_ERROR = "gloo|[Cc]onnect|Broken pipe"
-ANY_ERROR = "."
+TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+KINDS = ("wrong", "traceback", "hang", "lost", "code ran")  # of faults
+# A process may end with one of these errors, and a traceback, when it loses its neighbour.
+CONNECTION_ERRORS = "gloo|[Cc]onnect|Broken pipe"
 
-class Counts:
-    """Count the cases of one part and keep their faults."""
-
-    def __init__(self) -> None:
-        self.cases = 0
-        self.faults: list[str] = []
-        self.remark = ""
-
-    def add(self, fault: str = "") -> None:
-        """Count a case. A fault reads "KIND: what happened"; an empty one means that all went well."""
-        self.cases += 1
-        if fault:
-            self.faults.append(fault)
-
-    def count(self, kind: str) -> int:
-        return sum(fault.startswith(f"{kind}: ") for fault in self.faults)
+REMARKS: dict[str, str] = {}  # of parts, for the table
 
 def work(name: str) -> Path:
     """Return a path in the folder of this program's files."""
@@ -91,410 +72,332 @@ def fresh(name: str) -> Path:
 
 # -------------------------------------------------------------------------------------- processes
 
-class Child:
-    """A forked process that leads a process group and writes its output to a file."""
-
-    def __init__(self, log: Path, function: Callable, *arguments: object) -> None:
-        context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=self.call, args=(log, function, *arguments))
-        self.process.start()
-        self.pid = self.process.pid
-        with contextlib.suppress(OSError):  # here too, since a signal to the group may come at once
-            os.setpgid(self.pid, self.pid)
-
-    def call(self, log: Path, function: Callable, *arguments: object) -> None:
-        os.setpgid(0, 0)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout.reconfigure(line_buffering=True)
-        function(*arguments)
-
-    def wait(self, seconds: float) -> int | None:
-        """Return the exit code, or None if the process has not ended in this time."""
-        end = time.monotonic() + seconds
-        while self.process.exitcode is None and time.monotonic() < end:
-            time.sleep(0.003)
-        return self.process.exitcode
-
-    def signal(self, number: int, to_group: bool = True) -> None:
-        with contextlib.suppress(OSError):
-            (os.killpg if to_group else os.kill)(self.pid, number)
-
-    def has_orphans(self, seconds: float = 15.0) -> bool:
-        """Return whether a process of the group is left so long after its leader's end."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            try:
-                os.killpg(self.pid, 0)
-            except OSError:
-                return False
-            time.sleep(0.05)
-        self.signal(signal.SIGKILL)
-        return True
-
-class Run:
-    """train.py on a small CIFAR-10, in one process or several."""
-
-    def __init__(
-        self, folder: Path, *flags: str, processes: int = 1, hook: Callable | None = None
-    ) -> None:
-        self.folder = folder
-        self.flags = flags
-        self.processes = processes
-        self.hook = hook  # called in each process before train.main
-        self.log = work(f"{folder.name}.log")
-        self.children: list[Child] = []
-        self.codes: list[int | None] = []
-
-    def start(self) -> "Run":
-        # TensorBoard reads event files in the order of their names: second, host, process. Within
-        # one second, process 10000 would come before process 9999.
-        seconds = [int(p.name.split(".")[3]) for p in self.folder.glob("events.out.tfevents.*")]
-        time.sleep(max(0.0, max(seconds, default=0) + 1 - time.time()))
-        self.log.unlink(missing_ok=True)
-        self.children = start_processes(self.log, self.processes, self.main)
-        return self
-
-    def main(self) -> None:
-        flags = ["-b", "16", "--epochs", "3", "--checkpoint-every", "1", *self.flags]
-        paths = ["--data-dir", str(work("cifar")), "--output-dir", str(self.folder)]
-        sys.argv = ["train.py", *SMALL, *paths, *flags]
-        if self.hook:
-            self.hook()
-        train.main()
-
-    def output(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
-
-    def wait(self, seconds: float) -> list[int | None]:
-        """Return exit codes, or None where a process hangs. As with torchrun, the failure of one
-        process ends the others: they get SIGTERM, and SIGKILL after 30 seconds."""
-        end, codes = time.monotonic() + seconds, {}
-        while len(codes) < len(self.children) and time.monotonic() < end:
-            for child in self.children:
-                if child not in codes and (code := child.wait(0.005)) is not None:
-                    codes[child] = code
-                    for other in self.children if code else ():
-                        if other not in codes:
-                            other.signal(signal.SIGTERM, to_group=False)
-                            end = min(end, time.monotonic() + 30)
-        for child in self.children:
-            if child not in codes:
-                child.signal(signal.SIGKILL)
-        return [codes.get(child) for child in self.children]
-
-    def end(self, *allowed: int, excused: str = "", seconds: float = 120.0) -> str:
-        """Wait for the end; return "" or a fault. Exit codes have to be `allowed`, if any is given.
-        Tracebacks have to end with an error that matches `excused`."""
-        self.codes, output, kind = self.wait(seconds), self.output(), ""
-        errors = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", output, re.M)
-        if None in self.codes or any([child.has_orphans() for child in self.children]):
-            kind = "hang"
-        elif "Traceback" in output and not (excused and all(re.search(excused, e) for e in errors)):
-            kind = "traceback"
-        elif allowed and not set(self.codes) <= set(allowed):
-            kind = "wrong"
-        note = f"{self.folder.name} {' '.join(self.flags)} ended with {self.codes}: {output[-600:]}"
-        return f"{kind}: {note}" if kind else ""
-
-def start_processes(log: Path, processes: int, function: Callable) -> list[Child]:
-    """Call a function in several processes that find each other."""
+def start(log: Path, function: Callable, count: int = 1) -> list[multiprocessing.Process]:
+    """Call a function in forked processes, which write to a log and find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def call(rank: int) -> None:
-        if processes > 1:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            numbers |= {"LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.setpgid(0, 0)  # each has a process group of its own
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout.reconfigure(line_buffering=True)
+        if count > 1:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+            numbers |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             os.environ |= {name: str(value) for name, value in numbers.items()}
             os.environ["MASTER_ADDR"] = "127.0.0.1"
         function()
 
-    return [Child(log, call, rank) for rank in range(processes)]
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=call, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+        with suppress(OSError):  # here too, since a signal to the group may come at once
+            os.setpgid(process.pid, process.pid)
+    return processes
 
-@functools.cache
-def reference(processes: int) -> tuple[dict, float]:
-    """Return the outcome of a run that nothing interrupts, and the seconds that it takes."""
-    run = Run(fresh(f"reference{processes}"), processes=processes)
-    started = time.monotonic()
+def send(number: int, process: multiprocessing.Process, to_group: bool = True) -> None:
+    """Send a signal to a process that has not ended."""
+    if process.exitcode is None:
+        (os.killpg if to_group else os.kill)(process.pid, number)
+
+def wait(processes: list[multiprocessing.Process], seconds: float) -> list[int | None]:
+    """Return exit codes, or None where a process hangs. As with torchrun, the failure of one ends
+    the others: they get SIGTERM, and SIGKILL after 30 seconds."""
+    end, has_failed = time.monotonic() + seconds, False
+    while None in (codes := [p.exitcode for p in processes]) and time.monotonic() < end:
+        if any(codes) and not has_failed:
+            has_failed, end = True, min(end, time.monotonic() + 30)
+            for process in processes:
+                send(TERM, process)
+        time.sleep(0.003)
+    for process in processes:
+        send(KILL, process)
+    return codes
+
+def has_orphans(seconds: float = 15.0) -> bool:
+    """Return whether processes live so much longer than the run that began them. They have become
+    children of this program, as main arranges."""
+    children, end = Path(f"/proc/self/task/{os.getpid()}/children"), time.monotonic() + seconds
+    while time.monotonic() < end:
+        known = {str(process.pid) for process in multiprocessing.active_children()}
+        orphans = set(children.read_text().split()) - known
+        if not orphans:
+            return False
+        for pid in orphans:
+            os.waitpid(int(pid), os.WNOHANG)
+        time.sleep(0.02)
+    return True
+
+class Run:
+    """train.py on a small CIFAR-10, in one process or several."""
+
+    def __init__(self, folder: Path, *flags: str, count: int = 1, hook: Callable = int) -> None:
+        self.folder = folder
+        self.flags = flags
+        self.count = count
+        self.hook = hook  # called in each process before train.main
+        self.log = work(f"{folder.name}.log")
+        self.processes: list[multiprocessing.Process] = []
+
+    def start(self) -> "Run":
+        # TensorBoard reads event files in the order of their names: second, host, process. Within
+        # one second, process 10000 would come before process 9999.
+        seconds = [int(path.name.split(".")[3]) for path in self.folder.glob("events.*")]
+        time.sleep(max(0.0, max(seconds, default=0) + 1 - time.time()))
+        self.log.write_text("")
+        self.processes = start(self.log, self.main, self.count)
+        return self
+
+    def main(self) -> None:
+        paths = ["--data-dir", str(work("cifar")), "--output-dir", str(self.folder)]
+        flags = ["-b", "16", "--epochs", "3", "--checkpoint-every", "1", *self.flags]
+        sys.argv = ["train.py", *SMALL, *paths, *flags]
+        self.hook()
+        train.main()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def end(self, *allowed: int, excused: str = "") -> str:
+        """Wait for the end; return "" or a fault. Exit codes have to be `allowed`, if any is given,
+        and a traceback has to end with an error that matches `excused`."""
+        codes, output, kind = wait(self.processes, 120), self.output(), ""
+        errors = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", output, re.M)
+        if None in codes or has_orphans():
+            kind = "hang"
+        elif "Traceback" in output and not (excused and all(re.search(excused, e) for e in errors)):
+            kind = "traceback"
+        elif allowed and not set(codes) <= set(allowed):
+            kind = "wrong"
+        note = f"{self.folder.name} {' '.join(self.flags)} ends with {codes}: {output[-600:]}"
+        return f"{kind}: {note}" if kind else ""
+
+@cache
+def reference(count: int) -> tuple[dict, float]:
+    """Return the outcome of a run that nothing interrupts, and its duration in seconds."""
+    run, started = Run(fresh(f"reference{count}"), count=count), time.monotonic()
     fault = run.start().end(0)
     assert not fault, fault
-    return read_outcome(run.folder), time.monotonic() - started
-
-def read_outcome(folder: Path) -> dict:
-    """Return all that an interrupted run shares with others. TensorBoard may have a validation twice,
-    if the run was killed after it and before the save that follows."""
-    found = outcome(folder)
-    return found | {"scalars": {name: dict(points) for name, points in found["scalars"].items()}}
+    return outcome(run.folder), time.monotonic() - started
 
 def complete(run: Run) -> str:
-    """Let a run go to its end. Return "" if it ends, bit for bit, as one that nothing interrupts,
-    else a fault."""
+    """Let a run go to its end. Return "" if that is, bit for bit, the end of a run that nothing
+    interrupts, else a fault."""
     if fault := run.start().end(0):
         return fault
     try:
-        assert_same(reference(run.processes)[0], read_outcome(run.folder))
+        assert_same(reference(run.count)[0], outcome(run.folder))
     except Exception as error:
-        note = f"{run.folder.name} ends otherwise: {type(error).__name__} {error}"
-        return f"wrong: {note}: {run.output()[-400:]}"
+        return f"wrong: {run.folder.name} differs: {error!r}: {run.output()[-600:]}"
     return ""
 
-def judged(cases: Iterable, judge: Callable[[object], str]) -> Counts:
-    """Call judge(case) -> fault or "" for all cases in a forked process, so that one which crashes
-    or hangs is counted and ends nothing else."""
-    cases, counts, answers, log = list(cases), Counts(), fresh("answers"), work("judge.log")
-    answers = work("answers.txt")
-    answers.unlink(missing_ok=True)
-    code = Child(log, judge_all, cases, judge, answers).wait(20 * len(cases))
-    for line in answers.read_text().splitlines():
-        counts.add(line)
-    if code != 0:
-        counts.add(f"hang: case {counts.cases} ends the process with {code}: {log.read_text()}")
-    return counts
-
-def judge_all(cases: list, judge: Callable, answers: Path) -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), used + (3 << 30)))
-    with answers.open("w", buffering=1) as file:
-        for case in cases:
-            signal.alarm(60)  # it ends the process
-            try:
-                fault = judge(case)
-            except Exception as error:
-                fault = f"traceback: case {case}: {type(error).__name__}: {error}"
-            print(fault.replace("\n", " ")[:500], file=file)
+def judge_all(cases: Iterable, judge: Callable[[object], str | None]) -> Iterator[str]:
+    """Call judge(case), which returns a fault or raises an error if a case goes wrong."""
+    for case in cases:
+        try:
+            yield judge(case) or ""
+        except AssertionError as error:
+            yield f"wrong: case {case}: {error}"
+        except Exception as error:
+            yield f"traceback: case {case}: {error!r}"
 
 # ------------------------------------------------------------------------------------- evaluation
 
-def part_evaluation(quick: bool) -> Counts:
-    """Count every image once, on 1, 2 and 3 processes, and compare with numpy."""
-    counts = Counts()
+def part_evaluation(quick: bool) -> Iterator[str]:
+    """Count every image once, on one, two and three processes, and compare with numpy."""
+    results, log = work("results"), work("counted.log")
+
+    def count_all() -> None:
+        accelerator = train.Accelerator()
+        assert accelerator.num_processes == processes
+        found = [(n, batch, counted(accelerator, n, batch)) for n in SIZES for batch in BATCHES]
+        if accelerator.is_main_process:
+            results.write_bytes(pickle.dumps(found))
+        accelerator.end_training()
+
     for processes in (1, 2, 3):
-        results = work(f"counted{processes}")
-
-        def count_all(results: Path = results) -> None:
-            accelerator = train.Accelerator()
-            found = [(n, b, counted(accelerator, n, b)) for n in SIZES for b in BATCHES]
-            if accelerator.is_main_process:
-                results.write_bytes(pickle.dumps((accelerator.num_processes, found)))
-            accelerator.end_training()
-
-        children = start_processes(work("counted.log"), processes, count_all)
-        if any([child.wait(120) != 0 for child in children]):
-            counts.add(f"wrong: {processes} processes: {work('counted.log').read_text()[-500:]}")
-            continue
-        used, found = pickle.loads(results.read_bytes())
-        assert used == processes
-        for size, batch, result in found:
-            expected = by_numpy(size)
-            is_same = result[:5] == expected[:5] and math.isclose(result[5], expected[5], rel_tol=1e-5)
-            note = f"{size} images, batch {batch}, {processes} processes: {result}"
-            counts.add("" if is_same else f"wrong: {note}")
-    counts.remark = "sizes x batches x processes"
-    return counts
+        codes = wait(start(log, count_all, processes), 120)
+        assert codes == [0] * processes, log.read_text()
+        for n, batch, (*numbers, loss) in pickle.loads(results.read_bytes()):
+            *expected, expected_loss = by_numpy(n)
+            is_same = numbers == expected and math.isclose(loss, expected_loss, rel_tol=1e-5)
+            note = f"{n} images, batch {batch}, {processes} processes: {numbers} {loss}"
+            yield "" if is_same else f"wrong: {note}"
 
 # -------------------------------------------------------------------------- resume, kills, signals
 
 def signal_in_steps(signals: dict[int, int], to_group: bool = False) -> None:
-    """Let the main process send a signal to itself, or to its group, in each of these steps, before
-    the optimizer changes the weights."""
+    """Let the main process send a signal to itself, or to its group, in each of these steps, just
+    before the optimizer changes the weights."""
     measure_gradient = train.measure_gradient
 
     def measure(run: train.Run) -> torch.Tensor:
-        if run.accelerator.is_main_process and run.state.step + 1 in signals:
-            os.kill(0 if to_group else os.getpid(), signals[run.state.step + 1])
+        number = signals.get(run.state.step + 1)
+        if number and run.accelerator.is_main_process:
+            os.kill(0 if to_group else os.getpid(), number)
         return measure_gradient(run)
 
     train.measure_gradient = measure
 
 def signal_in_save(line: int, number: int, to_group: bool = False) -> None:
-    """Let this process send a signal to itself, or to its group, inside write_atomic: before this
-    line, counted over all files that it writes."""
-    left = line
+    """Let the main process send a signal to itself, or to its group, inside write_atomic: before
+    this line, counted over all files that it writes."""
+    lines = itertools.count(1)
 
     def trace(frame: object, event: str, value: object) -> Callable | None:
-        nonlocal left
         if frame.f_code is not train.write_atomic.__code__:
             return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                os.kill(0 if to_group else os.getpid(), number)
+        if event == "line" and next(lines) == line:
+            os.kill(0 if to_group else os.getpid(), number)
         return trace
 
     sys.settrace(trace)
 
-def part_resume(quick: bool) -> Counts:
+def part_resume(quick: bool) -> Iterator[str]:
     """Resume from the checkpoint of every step, and after each of five signals."""
-    counts = Counts()
-    stops = {2: signal.SIGINT, 4: signal.SIGTERM, 5: signal.SIGINT, 8: signal.SIGTERM, 11: signal.SIGINT}
     for processes in (1, 2):
         for workers in ("0", "2"):
             name, flags = f"resume{processes}{workers}", ("--workers", workers, *RESUME)
-            keep = functools.partial(keep_every_step, fresh(name))
-            counts.add(complete(Run(work(name), *flags[:2], processes=processes, hook=keep)))
+            keep = partial(keep_every_step, fresh(name))
+            yield complete(Run(work(name), *flags[:2], count=processes, hook=keep))
             for step in range(1, STEPS + 1, 6 if quick else 1):
-                folder = work(f"{name}-{step}")
-                counts.add(complete(Run(folder, *flags, processes=processes)))
-                shutil.rmtree(folder)
-            hook = functools.partial(signal_in_steps, stops)
-            run = Run(fresh(name), *flags, processes=processes, hook=hook)
-            for number in stops.values():
-                counts.add(run.start().end(128 + number))
-            counts.add(complete(run))
-    counts.remark = "0 and 2 workers, 1 and 2 processes"
-    return counts
+                yield complete(Run(work(f"{name}-{step}"), *flags, count=processes))
+            signals = {2: INT, 4: TERM, 5: INT, 8: TERM, 11: INT}
+            hook = partial(signal_in_steps, signals)
+            run = Run(fresh(name), *flags, count=processes, hook=hook)
+            for number in signals.values():
+                yield run.start().end(128 + number)
+            yield complete(run)
+    REMARKS["resume"] = "0 and 2 workers, 1 and 2 processes"
 
 def newest_step(folder: Path) -> int:
     """Return the step of the newest whole checkpoint of a folder, or -1 if it has none."""
     steps = [-1]
     for name in ("last.pt", "previous.pt"):
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             steps.append(load_checkpoint(folder / name)["state"]["step"])
     return max(steps)
 
-def part_kills(quick: bool) -> Counts:
-    """Kill runs five times, by turns inside a save and at a random moment, then let them end."""
-    counts, rng, inside = Counts(), random.Random(1), 0
-    kinds = [("0", 1), ("2", 1), ("0", 2), ("2", 2)]
-    for chain in range(4 if quick else 28):
-        workers, processes = kinds[chain % 4]
+def part_kills(quick: bool) -> Iterator[str]:
+    """Kill a run five times, by turns inside a save and at a random moment, then let it end."""
+    rng = random.Random(1)
+    for chain in range(4 if quick else 24):
+        workers, processes = (("0", 1), ("2", 1), ("0", 2), ("2", 2))[chain % 4]
         flags, folder, before = ("--workers", workers, *RESUME), fresh("kills"), -1
         for kill in range(5):
             if (chain + kill) % 2:
-                hook = functools.partial(signal_in_save, rng.randint(1, 120), signal.SIGKILL)
-                run = Run(folder, *flags, processes=processes, hook=hook).start()
-                inside += 1
+                hook = partial(signal_in_save, rng.randint(1, 120), KILL)
+                run = Run(folder, *flags, count=processes, hook=hook).start()
             else:
-                run = Run(folder, *flags, processes=processes).start()
+                run = Run(folder, *flags, count=processes).start()
                 time.sleep(rng.uniform(0, reference(processes)[1]))
-                rng.choice(run.children).signal(signal.SIGKILL, to_group=False)
-            fault = run.end(-signal.SIGKILL, -signal.SIGTERM, 0, 1, 143, excused=CONNECTION_ERROR)
+                send(KILL, rng.choice(run.processes), to_group=False)
+            # The neighbour ends with an error or by SIGTERM; or all was done before the kill.
+            fault = run.end(0, 1, 128 + TERM, -TERM, -KILL, excused=CONNECTION_ERRORS)
             after = newest_step(folder)
             if after < before:
-                fault = f"lost: from step {before} to {after}: {run.output()[-400:]}"
-            counts.add(fault)
+                fault = f"lost: step {before}, only {after} is left: {run.output()[-600:]}"
+            yield fault
             before = after
-        counts.add(complete(Run(folder, *flags, processes=processes)))
-    counts.remark = f"{inside} of the kills inside a save; resumed to the end after each five"
-    return counts
+        yield complete(Run(folder, *flags, count=processes))
+    REMARKS["kills"] = "half of them inside a save; after each five a resume to the end"
 
-def part_signals(quick: bool) -> Counts:
+def part_signals(quick: bool) -> Iterator[str]:
     """Send SIGTERM or SIGINT, to a process or to its group with the data workers: at a random
     moment, inside a save or inside a step. Then resume to the end."""
-    counts, rng, slowest = Counts(), random.Random(2), 0.0
+    rng, slowest = random.Random(2), 0.0
     for case in range(0, 96, 11 if quick else 1):
         to_group, workers, processes = case % 2 == 1, str(case // 2 % 2 * 2), case // 4 % 2 + 1
-        number, moment = (signal.SIGTERM, signal.SIGINT)[case // 8 % 2], case // 16 % 3
-        hook = None
-        if moment == 1:
-            hook = functools.partial(signal_in_save, rng.randint(1, 250), number, to_group)
-        elif moment == 2:
-            hook = functools.partial(signal_in_steps, {rng.randint(1, STEPS): number}, to_group)
+        number, moment = (TERM, INT)[case // 8 % 2], case // 16 % 3
+        in_save = partial(signal_in_save, rng.randint(20, 250), number, to_group)  # not args.json's
+        in_step = partial(signal_in_steps, {rng.randint(1, STEPS): number}, to_group)
         flags = ("--workers", workers, *RESUME)
-        run = Run(fresh("signals"), *flags, processes=processes, hook=hook).start()
+        run = Run(fresh("signals"), *flags, count=processes, hook=(int, in_save, in_step)[moment])
+        run.start()
         is_listening = True
-        if not hook:
+        if moment == 0:
             time.sleep(rng.uniform(0, reference(processes)[1]))
-            is_listening = (run.folder / "last.pt").exists()
-            sent = time.monotonic()
+            is_listening, sent = (run.folder / "last.pt").exists(), time.monotonic()
             for _ in range(rng.randint(1, 2)):
-                rng.choice(run.children).signal(number, to_group)
-        elif moment == 1:
-            is_listening = False  # args.json is written before training
-        fault = run.end(128 + number, 0) if is_listening else run.end(excused=ANY_ERROR)
-        if not hook and is_listening:
+                send(number, rng.choice(run.processes), to_group)
+        # Before the first save there may be no handler yet, and Ctrl-C may print a traceback.
+        fault = run.end(0, 128 + number) if is_listening else run.end(excused=".")
+        if moment == 0 and is_listening:
             slowest = max(slowest, time.monotonic() - sent)
         saved = re.search(r"saved step (\d+);", run.output())
         if not fault and saved and int(saved[1]) != newest_step(run.folder):
-            fault = f"lost: step {newest_step(run.folder)}: {run.output()[-400:]}"
-        counts.add(fault or complete(Run(run.folder, *flags, processes=processes)))
-    counts.remark = f"the slowest exit {slowest:.1f} s after the signal"
-    return counts
+            fault = f"lost: step {newest_step(run.folder)} is the last: {run.output()[-600:]}"
+        yield fault or complete(Run(run.folder, *flags, count=processes))
+    REMARKS["signals"] = f"the slowest exit {slowest:.1f} s after the signal"
 
 # -------------------------------------------------------------------------- damaged, hostile files
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """Flip bits, overwrite, repeat or drop bytes at a few places, or cut off the end."""
+    """Flip bits, and overwrite, repeat or drop bytes, at a few places; or cut off the end."""
     changed = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 5, 30])):
         # Headers decide more than pixels and weights do.
-        at = rng.choice([rng.randrange(len(changed)), rng.randrange(min(200, len(changed)))])
-        how = rng.randrange(4)
-        if how < 2:
-            changed[at] = rng.choice([changed[at] ^ 1 << rng.randrange(8), rng.randrange(256), 0, 255])
-        elif how == 2:
-            changed[at:at] = changed[at : at + rng.randrange(20)]
-        elif len(changed) > 20:
-            del changed[at : at + rng.randrange(20)]
+        at = rng.randrange(rng.choice([len(changed), min(200, len(changed))]))
+        part = changed[at : at + rng.choice([1, rng.randint(1, 20)])]
+        flipped = bytes([part[0] ^ 1 << rng.randrange(8)]) + part[1:]
+        others = [flipped, flipped, rng.randbytes(len(part)), part + part, part[1:]]
+        changed[at : at + len(part)] = rng.choice(others)
     if rng.random() < 0.2:
-        del changed[rng.randrange(1, len(changed)) :]
-    return bytes(changed) or b"\0"
+        del changed[rng.randrange(len(changed)) :]
+    return bytes(changed)
 
-def refused(path: Path, function: Callable, *arguments: object) -> object:
-    """Return None if one line names the file, else what the function returns."""
+def read_or_refuse(path: Path, read: Callable, *arguments: object) -> object:
+    """Return what a function returns, or None if it refuses the file by name in one line."""
     try:
-        return function(*arguments)
+        return read(path, *arguments)
     except UserError as error:
         assert "\n" not in str(error) and str(path) in str(error), error
     return None
 
-def part_checkpoints(quick: bool) -> Counts:
-    """Change checkpoints at random. Each is refused by name or has the whole content, and --resume
-    auto takes the one before it."""
-    hook = functools.partial(signal_in_steps, {6: signal.SIGTERM})
-    run, path = Run(fresh("whole"), hook=hook), work("changed.pt")
-    fault = run.start().end(143)
+def part_checkpoints(quick: bool) -> Iterator[str]:
+    """Damage checkpoints. Each is refused, or has the whole content, and --resume auto continues
+    from the one before it."""
+    path, run = work("damaged.pt"), Run(fresh("whole"), hook=partial(signal_in_steps, {6: TERM}))
+    fault = run.start().end(128 + TERM)
     assert not fault, fault
     whole, expected = (run.folder / "last.pt").read_bytes(), load_checkpoint(run.folder / "last.pt")
 
-    def judge(case: int) -> str:
-        rng, content = random.Random(case), bytearray(whole)
-        if case % 2:
-            content = mutate(whole, rng)
-        else:  # anywhere, not mostly at the beginning
-            for _ in range(rng.choice([1, 1, 1, 50])):
-                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-        found = refused(path, load_checkpoint, path)
-        with contextlib.suppress(AssertionError):
-            if found is not None:
-                assert_same(found, expected)
-            return ""
-        return f"wrong: accepted with another content, case {case}"
+    def judge(case: int) -> None:
+        path.write_bytes(mutate(whole, random.Random(case)))
+        assert_same(read_or_refuse(path, load_checkpoint) or expected, expected)
 
-    counts = judged(range(100 if quick else 1000), judge)
+    yield from judge_all(range(100 if quick else 1000), judge)
     for case in range(1 if quick else 10):
         folder = fresh("damaged")
         shutil.copytree(run.folder, folder)
-        content = mutate(whole, random.Random(case))
-        (folder / "last.pt").write_bytes(content)
+        (folder / "last.pt").write_bytes(mutate(whole, random.Random(case)))
+        is_damaged = newest_step(folder) == 5
         fault = complete(Run(folder, *RESUME))
-        if not fault and content != whole and not (folder / "last.pt.damaged").exists():
-            fault = f"wrong: damaged/last.pt is not renamed, case {case}"
-        counts.add(fault)
-    return counts
+        if is_damaged != (folder / "last.pt.damaged").exists():
+            fault = fault or f"wrong: last.pt.damaged, case {case}"
+        yield fault
 
 def write_images() -> list[bytes]:
-    """Return valid files of all formats."""
+    """Return image files of all formats."""
     rng, files = np.random.default_rng(5), []
-    rgba = rng.integers(0, 256, (12, 17, 4), dtype=np.uint8)
-    deep = rng.integers(0, 65536, (12, 17)).astype(np.uint16)
-    images = {"RGB": Image.fromarray(rgba[..., :3]), "RGBA": Image.fromarray(rgba), "I;16": Image.fromarray(deep)}
-    images |= {mode: images["RGB"].convert(mode) for mode in ("L", "1", "P", "CMYK")}
-    for form in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"):
-        for image in images.values():
-            file = io.BytesIO()
-            with contextlib.suppress(OSError, ValueError):  # no format has all modes
-                image.save(file, form)
-                files.append(file.getvalue())
+    pixels, grey = rng.integers(0, 256, (12, 17, 4), np.uint8), rng.integers(0, 2**16, (12, 17))
+    images = [Image.fromarray(pixels), Image.fromarray(grey.astype(np.uint16))]
+    images += [images[0].convert("RGB").convert(mode) for mode in ("RGB", "L", "1", "P", "CMYK")]
+    formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+    for form, image in itertools.product(formats, images):
+        file = io.BytesIO()
+        with suppress(OSError, ValueError):  # no format has all of these modes
+            image.save(file, form)
+            files.append(file.getvalue())
     return files
 
 def correct_checksums(png: bytes) -> bytes:
-    """Return a PNG whose chunks have the checksums of their content. Without them a decoder refuses
-    nearly every change at once."""
+    """Return a PNG in which each chunk has the checksum of its content, without which a decoder
+    would refuse nearly every change at once."""
     result, at = png[:8], 8
     while at + 12 <= len(png):
         end = at + 8 + int.from_bytes(png[at : at + 4])
@@ -502,44 +405,40 @@ def correct_checksums(png: bytes) -> bytes:
         at = end + 4
     return result
 
-def part_images(quick: bool) -> Counts:
-    """Change images at random. Each is decoded to pixels or refused by name."""
-    seeds, path = write_images(), work("changed.image")
+def part_images(quick: bool) -> Iterator[str]:
+    """Damage images. Each is decoded to pixels or refused."""
+    files, path = write_images(), work("damaged.image")
 
-    def judge(case: int) -> str:
+    def judge(case: int) -> None:
         rng = random.Random(case)
-        content = mutate(rng.choice(seeds), rng)
+        content = mutate(rng.choice(files), rng)
         if content.startswith(b"\x89PNG") and rng.random() < 0.7:
             content = correct_checksums(content)
         path.write_bytes(content)
-        found = refused(path, read_image, path)
-        if found is None or found.dtype == torch.uint8 and len(found) == 3 and found[0, 0].numel():
-            return ""
-        return f"wrong: case {case}: {found.dtype} {tuple(found.shape)}"
+        found = read_or_refuse(path, read_image)
+        assert found is None or (found.dtype == torch.uint8 and len(found) == 3 and found.numel())
 
-    return judged(range(200 if quick else 2000), judge)
+    yield from judge_all(range(200 if quick else 2000), judge)
 
-def part_cifar(quick: bool) -> Counts:
-    """Change CIFAR's files at random. Each is refused by name or read as by Python's unpickler."""
+def part_cifar(quick: bool) -> Iterator[str]:
+    """Damage CIFAR's files. Each is refused, or read as Python's own unpickler reads it."""
     rows = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
     content = {b"labels": [0, 9, 4, 4, 1, 7], b"data": rows, b"filenames": [b"a.png"] * 6}
-    wholes, path = [pickle.dumps(content, protocol) for protocol in (2, 3, 4, 5)], work("data_batch")
+    path = work("data_batch")
 
-    def judge(case: int) -> str:
-        changed = mutate(wholes[case % 4], random.Random(case))
+    def judge(case: int) -> None:
+        changed = mutate(pickle.dumps(content, protocol=2 + case % 4), random.Random(case))
         path.write_bytes(changed)
-        found = refused(path, read_batch, path, b"labels", 10)
-        if found is None:
-            return ""
-        expected = pickle.loads(changed, encoding="bytes")
-        pixels = np.reshape(expected[b"data"], (-1, 3, 32, 32))
-        is_same = np.array_equal(found[0], pixels) and found[1].tolist() == list(expected[b"labels"])
-        return "" if is_same and found[0].dtype == torch.uint8 else f"wrong: case {case}"
+        found = read_or_refuse(path, read_batch, b"labels", 10)
+        if found is not None:
+            expected = pickle.loads(changed, encoding="bytes")
+            assert np.array_equal(found[0].flatten(1), expected[b"data"])
+            assert found[1].tolist() == expected[b"labels"]
 
-    return judged(range(50 if quick else 500), judge)
+    yield from judge_all(range(50 if quick else 500), judge)
 
 class Call:
-    """An object whose pickle calls a function as soon as it is loaded."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function: Callable, *arguments: object) -> None:
         self.call = function, arguments
@@ -547,188 +446,161 @@ class Call:
     def __reduce__(self) -> tuple:
         return self.call
 
-def part_hostile(quick: bool) -> Counts:
-    """Read files that make another file when Python's own unpickler loads them."""
-    path, canary = work("hostile"), work("canary.npy")
-    calls = [
-        Call(os.system, f"touch {canary}"), Call(exec, f"open({str(canary)!r}, 'w')"),
-        Call(subprocess.check_call, ["touch", str(canary)]), Call(Path.touch, canary),
-        Call(np.save, str(canary), 1), Call(torch.save, 1, str(canary)),
-    ]  # fmt: skip
-    load_weights = functools.partial(load_pretrained, create_model("fishnet_tiny"))
-    read_labels = functools.partial(read_batch, label_key=b"labels", num_classes=10)
+def part_hostile(quick: bool) -> Iterator[str]:
+    """Read files that make another file as soon as they are unpickled."""
+    path, made = work("hostile"), work("made.npy")
+    calls = [Call(os.system, f"touch {made}"), Call(exec, f"open({str(made)!r}, 'w')")]
+    calls += [Call(subprocess.check_call, ["touch", str(made)]), Call(Path.touch, made)]
+    calls += [Call(np.save, str(made), 1), Call(torch.save, 1, str(made))]
+    load_weights = partial(load_pretrained, create_model("fishnet_tiny"))
+    read_labels = partial(read_batch, label_key=b"labels", num_classes=10)
 
-    def read_freely(path: Path) -> object:
-        return pickle.loads(path.read_bytes())
-
-    def judge(case: tuple) -> str:
-        call, read = case
+    def judge(case: tuple[Call, Callable]) -> str:
+        hostile, read = case
         if read in (load_checkpoint, load_weights):
-            obey = functools.partial(torch.load, weights_only=False)
-            torch.save({"model": call}, path)
+            unpickle = partial(torch.load, weights_only=False)
+            torch.save({"model": hostile}, path)
         else:
-            obey = read_freely
-            path.write_bytes(pickle.dumps({b"data": call}))
-        is_refused = refused(path, read, path) is None
-        if canary.exists():
-            return f"code ran: {call.call} by {read}"
-        obey(path)
-        is_armed = canary.exists()
-        canary.unlink(missing_ok=True)
-        return "" if is_refused and is_armed else f"wrong: {call.call} by {read}"
+            unpickle = partial(np.load, allow_pickle=True)
+            path.write_bytes(pickle.dumps({b"data": hostile}))
+        is_refused = read_or_refuse(path, read) is None
+        if made.exists():
+            return f"code ran: {hostile.call} by {read}"
+        unpickle(path)
+        is_armed = made.exists()
+        made.unlink(missing_ok=True)
+        return "" if is_refused and is_armed else f"wrong: {hostile.call} by {read}"
 
-    readers = load_checkpoint, load_weights, read_labels, read_pickle
-    return judged([(call, read) for call in calls for read in readers], judge)
+    readers = (load_checkpoint, load_weights, read_labels, read_pickle)
+    yield from judge_all(itertools.product(calls, readers), judge)
 
-# --------------------------------------------------------------------------- disks, workers, memory
+# ------------------------------------------------------------------------- disks, workers, memory
 
-def part_machine(quick: bool) -> Counts:
-    """Run into full and read-only disks, dying workers, too little memory and infinite numbers."""
-    counts, rng = Counts(), random.Random(3)
-    hook = functools.partial(signal_in_steps, {5: signal.SIGTERM})
-    stopped = Run(fresh("stopped"), hook=hook)
-    fault = stopped.start().end(143)
-    assert not fault, fault
-    size = (stopped.folder / "last.pt").stat().st_size
+def fail(run: Run, reason: str, step: int = -1, excused: str = "") -> str:
+    """Let a run fail. Return "" if that ends it with exit code 1 and one line with the reason, and
+    leaves a checkpoint of at least this step, else a fault."""
+    if fault := run.start().end(1, excused=excused):
+        return fault
+    lines = [line for line in run.output().splitlines() if line.startswith("train.py: ")]
+    is_one_line = len(lines) == 1 and reason in lines[0]
+    kind = "" if is_one_line or "Traceback" in run.output() else "wrong"
+    kind = "lost" if newest_step(run.folder) < step else kind
+    return f"{kind}: expected {reason!r} and step {step}: {run.output()[-600:]}" if kind else ""
 
-    def fails(run: Run, reason: str, step: int = -1, excused: str = "") -> None:
-        """The run has to end with exit code 1 and one line with the reason, and keep its checkpoints."""
-        fault = run.start().end(1, excused=excused)
-        lines = [line for line in run.output().splitlines() if line.startswith("train.py: ")]
-        is_said = len(lines) == 1 and reason in lines[0]
-        if not fault and not is_said and not (excused and "Traceback" in run.output()):
-            fault = f"wrong: no line with {reason!r}: {run.output()[-600:]}"
-        if not fault and newest_step(run.folder) < step:
-            fault = f"lost: step {step}: {run.output()[-600:]}"
-        counts.add(fault)
+def part_disks(quick: bool) -> Iterator[str]:
+    """Write to full and read-only disks, and to a folder in use."""
+    full, folder = "No space left on device", work("disk")
+    run = Run(fresh("stopped"), hook=partial(signal_in_steps, {5: TERM}))
+    yield run.start().end(128 + TERM)
+    half = (run.folder / "last.pt").stat().st_size // 2
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (half, half))
+    yield fail(Run(run.folder, *RESUME, hook=limit), "File too large", step=5)
+    yield complete(Run(run.folder, *RESUME))
 
-    # A file may not grow beyond half a checkpoint, so the kernel refuses a write.
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    fails(Run(stopped.folder, *RESUME, hook=limit), "File too large", step=5)
-    counts.add(complete(Run(stopped.folder, *RESUME)))
-
-    # The disk is full at different moments of the run. TensorBoard's own tracebacks are its affair.
-    for kilobytes in (4, 200, *(200 + n * size // 1024 for n in (1, 2, 3))) if can_mount() else ():
-        with mounted(f"size={kilobytes}k") as folder:
-            fails(Run(folder, *RESUME), "No space left", excused="No space left")
-            subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
-            counts.add(complete(Run(folder, *RESUME)))
-    if can_mount():
-        with mounted("size=1m,ro") as folder:
-            fails(Run(folder), "Read-only")
-            fails(Run(folder / "new"), "Read-only")
-    else:
-        counts.remark = "not root: no full disks"
-    work("file").write_text("")
-    fails(Run(work("file")), "file")
-
-    # Two runs in one folder.
+    work("file").touch()
+    yield fail(Run(work("file")), "file")
     first = Run(fresh("used"), "--epochs", "500").start()
     while not (first.folder / "last.pt").exists():
         time.sleep(0.05)
-    second = Run(first.folder, *RESUME, "--epochs", "500")
+    second = Run(first.folder, "--epochs", "500", *RESUME)
     second.log = work("second.log")
-    fails(second, "in use by another run")
-    first.children[0].signal(signal.SIGTERM)
-    counts.add(first.end(143))
+    yield fail(second, "in use by another run")
+    send(TERM, first.processes[0])
+    yield first.end(128 + TERM)
 
-    # A data worker is killed.
-    flags = ("--workers", "2", *RESUME)
-    for _ in range(1 if quick else 8):
-        run = Run(fresh("worker"), *flags).start()
-        time.sleep(rng.uniform(0, reference(1)[1]))
-        tasks = Path("/proc/{0}/task/{0}/children".format(run.children[0].pid))
-        while run.children[0].wait(0) is None and not (workers := tasks.read_text().split()):
-            time.sleep(0.001)
-        with contextlib.suppress(OSError):
-            os.kill(int(rng.choice(workers)), signal.SIGKILL)
-        fault = run.end(0, 1)
-        if not fault and 1 in run.codes and "train.py: DataLoader worker" not in run.output():
-            fault = f"wrong: {run.output()[-600:]}"
-        counts.add(fault or complete(Run(run.folder, *flags)))
-
-    # The kernel refuses memory.
-    def limit_memory() -> None:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (250 << 20), used + (250 << 20)))
-
-    large = ("--model-args", "channels=(256,512,512,512)", "k=2", "-b", "64")
-    fails(Run(fresh("memory"), *large, hook=limit_memory), "out of memory")
-    # A learning rate at which the loss overflows, and a validation loss that is not a number.
-    run = Run(fresh("overflow"), hook=functools.partial(signal_in_steps, {3: signal.SIGTERM}))
-    counts.add(run.start().end(143))
-    fails(Run(run.folder, *RESUME, "--override", "--lr", "1e18"), "not finite", step=3)
-    counts.add(complete(Run(run.folder, *RESUME, "--override")))
-    fails(Run(fresh("nan"), hook=spoil_validation), "the validation loss is not finite", step=3)
-    counts.add(complete(Run(work("nan"), *RESUME)))
-    return counts
-
-def spoil_validation() -> None:
-    """Let every validation loss be NaN."""
-    evaluate = train.evaluate
-    train.evaluate = lambda *args: dataclasses.replace(evaluate(*args), loss=math.nan)
-
-@functools.cache
-def can_mount() -> bool:
+    # The disk is full at different moments. TensorBoard then raises errors of its own.
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder]).returncode:
+        REMARKS["disks"] = "without full disks, which only root can mount"
+        return
     try:
-        with mounted("size=1m"):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
-
-@contextlib.contextmanager
-def mounted(options: str) -> Iterator[Path]:
-    """Mount a disk in memory."""
-    folder = work("disk")
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
-    subprocess.run(command, check=True, capture_output=True)
-    try:
-        yield folder
+        for kilobytes in (4, 200, *(200 + n * half // 512 for n in (1, 2, 3))):
+            fresh(folder.name)
+            remount(folder, f"size={kilobytes}k")
+            yield fail(Run(folder, *RESUME), full, excused=full)
+            remount(folder, "size=100m")
+            yield complete(Run(folder, *RESUME))
+        remount(folder, "ro")
+        yield fail(Run(folder, *RESUME), "Read-only file system", step=STEPS)
+        yield fail(Run(folder / "new"), "Read-only file system")
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+def part_machine(quick: bool) -> Iterator[str]:
+    """Kill data workers, refuse memory, and let losses overflow."""
+    rng, flags = random.Random(3), ("--workers", "2", *RESUME)
+    for _ in range(1 if quick else 10):
+        run = Run(fresh("worker"), *flags).start()
+        time.sleep(rng.uniform(0, reference(1)[1]))
+        pid, workers = run.processes[0].pid, []
+        while not workers and run.processes[0].exitcode is None:
+            with suppress(OSError):
+                workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        with suppress(OSError, IndexError):  # the run or the worker has come to its end
+            os.kill(int(rng.choice(workers)), KILL)
+        fault = run.end(0, 1)
+        if "train.py: " in run.output() and "DataLoader worker" not in run.output():
+            fault = fault or f"wrong: {run.output()[-600:]}"
+        yield fault or complete(Run(run.folder, *flags))
+
+    large = ("--model-args", "channels=(256,512,512,512)", "k=2", "-b", "64")
+    hook = partial(limit_memory, 250 << 20)
+    yield fail(Run(fresh("memory"), *large, hook=hook), "out of memory")
+    run = Run(fresh("overflow"), hook=partial(signal_in_steps, {3: TERM}))
+    yield run.start().end(128 + TERM)
+    wild = Run(run.folder, *RESUME, "--override", "--lr", "1e18")
+    yield fail(wild, "not finite", step=3)
+    yield complete(Run(run.folder, *RESUME, "--override"))
+    run = Run(fresh("nan"), hook=spoil_validation)
+    yield fail(run, "the validation loss is not finite", step=3)
+    yield complete(Run(run.folder, *RESUME))
+
+def limit_memory(free: int) -> None:
+    """Let the kernel refuse this process more than so many bytes on top of what it has."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + free, used + free))
+
+def spoil_validation() -> None:
+    """Let each validation loss be NaN."""
+    evaluate = train.evaluate
+    train.evaluate = lambda *args: Metrics(**vars(evaluate(*args)) | {"loss": math.nan})
+
 # ------------------------------------------------------------------------------------------- stall
 
-def part_stall(quick: bool) -> Counts:
-    """Compare a save of fishnet99 with Adam's state with the 156 steps of batch 256 between two."""
-    counts, answer = Counts(), work("stall.txt")
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder:  # on a disk, where training writes
-        code = Child(work("stall.log"), measure_stall, answer, folder).wait(300)
-    if code != 0:
-        counts.add(f"wrong: ended with {code}: {work('stall.log').read_text()[-500:]}")
-        return counts
+def part_stall(quick: bool) -> Iterator[str]:
+    """Compare the time of a save of fishnet99 and Adam's state with that of the 156 steps of batch
+    256 between two saves."""
+    answer, log = work("answer.txt"), work("stall.log")
+
+    def clock(function: Callable, *arguments: object) -> float:
+        started = time.perf_counter()
+        function(*arguments)
+        return time.perf_counter() - started
+
+    def measure() -> None:
+        flags = ["--data-dir", str(work("cifar")), "--output-dir", folder, "-b", "32"]
+        run = train.make_run(train.parse_args(flags))
+        run.model.train()
+        steps = [8 * clock(train.train_step, run, iter(run.loader)) for _ in range(2)]  # of 8 x 32
+        saves = [clock(train.save, run, "last.pt") for _ in range(7)]
+        size = (run.folder / "last.pt").stat().st_size
+        answer.write_text(f"{size} {sorted(saves)[3]} {steps[-1]}")
+
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:  # on a disk, as in training
+        codes = wait(start(log, measure), 300)
+    assert codes == [0], log.read_text()
     size, save, step = map(float, answer.read_text().split())
     share = save / (save + 156 * step)
-    counts.add("" if share < 0.035 else f"wrong: {share:.2%}")
-    counts.remark = f"{size / 1e6:.0f} MB in {save:.2f} s, a step {step:.1f} s: {share:.3%} of the time"
-    return counts
-
-def measure_stall(answer: Path, folder: str) -> None:
-    """Write the size of a checkpoint and the seconds of a save and of a step. A batch of 32 images
-    stands for an eighth of a step."""
-    flags = ["--data-dir", str(work("cifar")), "--output-dir", folder, "-b", "32"]
-    run = train.make_run(train.parse_args(flags))
-    run.model.train()
-    saves = []
-    for _ in range(2):
-        started = time.perf_counter()
-        train.train_step(run, iter(run.loader))
-        step = 8 * (time.perf_counter() - started)
-    for _ in range(7):
-        started = time.perf_counter()
-        train.save(run, "last.pt")
-        saves.append(time.perf_counter() - started)
-    size = (run.folder / "last.pt").stat().st_size
-    answer.write_text(f"{size} {statistics.median(saves)} {step}")
+    yield "" if share < 0.035 else f"wrong: {share:.2%}"
+    REMARKS["stall"] = f"{size / 1e6:.0f} MB in {save:.2f} s, {share:.3%} of the time"
 
 # -------------------------------------------------------------------------------------------- main
 
-PARTS = {
-    "evaluation": part_evaluation, "images": part_images, "cifar": part_cifar,
-    "hostile": part_hostile, "checkpoints": part_checkpoints, "machine": part_machine,
-    "resume": part_resume, "kills": part_kills, "signals": part_signals, "stall": part_stall,
-}  # fmt: skip
+# A part yields "" for each case that goes well, else a fault "KIND: what happened".
+PARTS = {name[5:]: value for name, value in globals().items() if name.startswith("part_")}
 
 def main() -> None:
     global FOLDER
@@ -740,7 +612,8 @@ def main() -> None:
     # One core for all: threads of programs that share cores wait for one another.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
     torch.set_num_threads(1)
-    started, table = time.monotonic(), {}
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, for has_orphans
+    started, table, has_failed = time.monotonic(), [], False
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where a sync takes no time
     with tempfile.TemporaryDirectory(prefix="torture-", dir=memory) as folder:
         FOLDER = Path(folder)
@@ -748,19 +621,20 @@ def main() -> None:
         write_cifar10(work("cifar"), 16, 10)
         for name in args.only:
             began = time.monotonic()
-            table[name] = counts = PARTS[name](args.quick)
-            print(f"{name:<12}{counts.cases:>5} cases{len(counts.faults):>4} faults"
-                  f"{time.monotonic() - began:>5.0f} s  {counts.remark}", flush=True)  # fmt: skip
-            print(*(f"    {fault}\n" for fault in counts.faults), sep="", end="", flush=True)
+            cases = list(PARTS[name](args.quick))
+            faults, seconds = list(filter(None, cases)), time.monotonic() - began
+            print(f"{name:<11} {len(cases):>5} cases {len(faults):>3} faults {seconds:>4.0f} s")
+            print(*(f"    {fault}\n" for fault in faults), sep="", end="", flush=True)
+            kinds = [fault.partition(": ")[0] for fault in faults]
+            numbers = " | ".join(str(kinds.count(kind)) for kind in KINDS)
+            table.append(f"| {name} | {len(cases):,} | {numbers} | {REMARKS.get(name, '')} |")
+            has_failed = has_failed or bool(faults)
+    minutes, python = (time.monotonic() - started) / 60, sys.version.split()[0]
     versions = f"torch {torch.__version__}, numpy {np.__version__}, Pillow {PIL.__version__}"
-    minutes = (time.monotonic() - started) / 60
-    print(f"\n{minutes:.0f} minutes, {datetime.date.today()}, Python {platform.python_version()}, {versions}\n")
+    print(f"\n{minutes:.1f} minutes, {time.strftime('%F')}, Python {python}, {versions}\n")
     print("| part | cases |", " | ".join(KINDS), "| remark |")
-    print("| --- " * (len(KINDS) + 3) + "|")
-    for name, counts in table.items():
-        numbers = " | ".join(str(counts.count(kind)) for kind in KINDS)
-        print(f"| {name} | {counts.cases:,} | {numbers} | {counts.remark} |")
-    sys.exit(any(counts.faults for counts in table.values()))
+    print("| --- " * (len(KINDS) + 3) + "|", *table, sep="\n")
+    sys.exit(has_failed)
 
 if __name__ == "__main__":
     main()
