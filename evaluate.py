@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import pickle
 import sys
 import zipfile
@@ -272,7 +271,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 def main() -> None:
-    from train import explain, prepare_machine  # not above, since train.py imports this file
+    # These are imported here since train.py imports this file.
+    from train import end_workers, explain, prepare_machine
 
     args = parse_args()
     try:
@@ -295,8 +295,7 @@ def main() -> None:
     except (RuntimeError, MemoryError, OSError) as error:
         sys.exit(f"evaluate.py: {explain(error)}")
     finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # Python would wait for it, since data workers ignore SIGTERM
+        end_workers()
     if accelerator.is_main_process:
         print_metrics(metrics, args, checkpoint["name"], data.classes)
     accelerator.end_training()

@@ -725,6 +725,13 @@ def explain(error: Exception) -> str:
         return f"{text.splitlines()[0]}: try --workers 0"
     raise error
 
+def end_workers() -> None:
+    """Kill data workers that are left. They ignore SIGTERM, so Python would wait for them."""
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise PyTorch raises an error for each
+        for worker in workers:
+            worker.kill()
+
 def main() -> None:
     args, run = parse_args(), None
     try:
@@ -744,8 +751,7 @@ def main() -> None:
     except (RuntimeError, MemoryError, OSError) as error:
         sys.exit(f"train.py: {explain(error)}")
     finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # Python would wait for it, since data workers ignore SIGTERM
+        end_workers()
         if run and run.writer:
             run.writer.close()
     if (best := run.folder / "best.pt").exists() and (len(data.test) or len(data.val)):

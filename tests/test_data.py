@@ -460,7 +460,7 @@ def test_stats_are_what_numpy_finds(run):
 
 @pytest.mark.parametrize("arguments, fragment", [
     ((), "give --grid PNG, --stats or --check"), (("--check",), "give --dataset folder"),
-    (("--grid", "missing/a.png"), "missing/a.png"), (("--grid", "a.unknown"), "a.unknown"),
+    (("--grid", "missing/a.png"), "missing/a.png"),
 ])  # fmt: skip
 def test_wrong_commands_are_one_line(run, tmp_path, monkeypatch, capsys, arguments, fragment):
     monkeypatch.chdir(tmp_path)

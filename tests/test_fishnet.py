@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fishnet import CONFIGS, FishNetConfig, FrozenStatistics, Refine, ResidualUnit, SEResidualUnit
+from fishnet import CONFIGS, FrozenStatistics, Refine, ResidualUnit, SEResidualUnit
 from fishnet import Stage, UserError, channel_plan, channel_sum, checkpoint_activations
 from fishnet import create_model, zero_init_last
 
@@ -233,7 +233,7 @@ def test_channel_plan_of_fishnet99_is_that_of_the_slides():
 )
 def test_k_must_divide_the_widths_of_the_body(channels, k, fragments):
     with pytest.raises(UserError) as error:
-        FishNetConfig(channels=channels, k=k)
+        create_model("fishnet99", channels=channels, k=k)
     assert all(fragment in str(error.value) for fragment in fragments), error.value
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
