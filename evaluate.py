@@ -78,8 +78,8 @@ def check_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Return a checkpoint of train.py. Raises UserError if the file is not one."""
     checkpoint = load_file(path)
-    is_checkpoint = isinstance(checkpoint, dict) and checkpoint.keys() >= CHECKPOINT_KEYS
-    if not is_checkpoint or checkpoint["format"] != CHECKPOINT_FORMAT:
+    has_keys = isinstance(checkpoint, dict) and checkpoint.keys() >= CHECKPOINT_KEYS
+    if not has_keys or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of train.py")
     return checkpoint
 
@@ -236,9 +236,9 @@ def predict_files(args: argparse.Namespace, checkpoint: dict, accelerator: Accel
         top = predict(accelerator, model, image, transform, checkpoint["classes"])
         predictions.append({"file": file, "top": [{"class": c, "probability": p} for c, p in top]})
         if not args.json:
-            print(file, *(f"  {p:7.2%}  {name:.68}" for name, p in top), sep="\n")
+            accelerator.print(file, *(f"  {p:7.2%}  {name:.68}" for name, p in top), sep="\n")
     if args.json:
-        print(json.dumps({"predictions": predictions}))
+        accelerator.print(json.dumps({"predictions": predictions}))
     return int(len(predictions) < len(args.files))
 
 def print_metrics(m: Metrics, args: argparse.Namespace, name: str, classes: tuple[str]) -> None:
@@ -271,8 +271,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 def main() -> None:
-    # These are imported here since train.py imports this file.
-    from train import end_workers, explain, prepare_machine
+    from train import end_workers, explain, prepare_machine  # late: train.py imports this file
 
     args = parse_args()
     try:
@@ -283,8 +282,7 @@ def main() -> None:
         model = FlipAveraged(model) if args.tta else model
         transform = make_transform(checkpoint["mean"], checkpoint["std"])
         if args.files:
-            parts = (args, checkpoint, accelerator, model, transform)
-            sys.exit(predict_files(*parts) if accelerator.is_main_process else 0)
+            sys.exit(predict_files(args, checkpoint, accelerator, model, transform))
         data = load_split(args, checkpoint, accelerator)
         images, options = getattr(data, args.split), (args.batch_size, args.workers)
         metrics = evaluate(accelerator, model, images, transform, len(data.classes), *options)
