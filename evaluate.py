@@ -1,8 +1,7 @@
 """Evaluate a checkpoint: loss and top-1 and top-5 error of a dataset, or predictions for images.
 
     python evaluate.py runs/NAME/best.pt                     # test set of the checkpoint's dataset
-    python evaluate.py runs/NAME/best.pt --split val --json  # one JSON object instead of the table
-    python evaluate.py runs/NAME/best.pt --tta               # averaged with the mirror images
+    python evaluate.py runs/NAME/best.pt --split val --json  # or --tta: averaged over mirror images
     python evaluate.py runs/NAME/best.pt cat.jpg dog.png     # the most probable classes of images
 
 Network, classes, image size and normalisation come from the checkpoint. Errors and probabilities
@@ -132,8 +131,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | Fold
     """Return the metrics of a model on a set of images, the same on every process. Each process
     takes every n-th image and the results are gathered, so every image counts once. `batch_size` is
     a process's. With fewer than five classes, top-5 means all of them."""
-    # Not DistributedDataParallel's forward pass, which would wait for processes with more batches.
-    model = accelerator.unwrap_model(model)
+    model = accelerator.unwrap_model(model)  # DDP would wait for processes with more batches
     share = Subset(images, range(accelerator.process_index, len(images), accelerator.num_processes))
     results = [torch.empty(4, 0, device=accelerator.device)]  # label, loss, top-1 and top-5 hit
     with in_evaluation(model):
