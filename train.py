@@ -496,9 +496,10 @@ def run_epochs(run: Run) -> None:
             broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
                            batch_size, args.workers)  # fmt: skip
-            if not math.isfinite(val.loss):
-                if run.accelerator.is_main_process:  # --resume auto shall take the one before it
-                    (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
+            is_lost = not math.isfinite(val.loss)
+            if is_lost and run.accelerator.is_main_process:  # --resume auto takes the one before it
+                (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
+            if is_lost:
                 way_on = "lower --lr, with --resume auto --override or in a new folder"
                 raise UserError(f"validation loss after step {state.step} is not finite: {way_on}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
