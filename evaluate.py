@@ -10,6 +10,7 @@ are per cent in the tables and fractions in JSON.
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import pickle
@@ -43,21 +44,23 @@ class DamagedFileError(UserError):
 def load_file(path: str | Path) -> object:
     """Return what torch.save wrote, on the CPU, without running code from the file. Raises
     DamagedFileError if it holds anything but whole tensors and values, UserError if unreadable."""
-    path = Path(path).expanduser()
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            has_content = any(name.endswith("/data.pkl") for name in archive.namelist())
-            is_whole = has_content and archive.testzip() is None
+        content = io.BytesIO(Path(path).expanduser().read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except Exception:  # zipfile raises many kinds for damaged files
-        is_whole = False
-    if not is_whole:
-        raise DamagedFileError(f"{path}: damaged, or not written by torch.save")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(content) as archive:  # torch.load does not look at the checksums
+            has_folders = any(record.external_attr for record in archive.infolist())
+            is_whole = archive.testzip() is None and not has_folders
+        content.seek(0)
+        if is_whole:
+            return torch.load(content, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DamagedFileError(f"{path}: holds objects other than tensors and values") from None
+    except Exception as error:  # damaged archives raise many kinds
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+    raise DamagedFileError(f"{path}: damaged, or not written by torch.save")
 
 def check_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
     """Raise UserError, naming up to three faults, if weights do not fit the model."""

@@ -16,6 +16,7 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import errno
 import io
 import json
 import math
@@ -325,8 +326,10 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
         raise UserError(f"{path}: {error.strerror}; earlier checkpoints are intact") from None
     with contextlib.suppress(OSError):  # not every file system can sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 def describe(run: Run) -> dict:
     """Return what fixes an experiment besides its flags: a resumed run must have the same."""
@@ -653,7 +656,10 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
     """Return the network as the seed draws it."""
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=classes, **args.model_args)
-    stride = getattr(getattr(model, "config", None), "stride", 1)
+    config = getattr(model, "config", None)
+    if getattr(config, "in_channels", 3) != 3:
+        raise UserError(f"model-args in_channels={config.in_channels}: expected 3, as in images")
+    stride = getattr(config, "stride", 1)
     if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
         raise UserError(f"image-size={args.image_size}: expected a multiple of {stride}")
     if args.zero_init_last:
@@ -718,11 +724,13 @@ def start_writing(run: Run) -> None:
 def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return f"a process cannot be started ({error.strerror}): lower --workers"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return "out of memory: lower --batch-size, or train with --checkpoint-activations"
-    if "shared memory" in text:
+    if "DataLoader worker" in text and "shared memory" in text:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
-    if "DataLoader worker" in text:
+    if text.startswith("DataLoader worker (pid"):
         return f"{text.splitlines()[0]}: try --workers 0"
     raise error
 
