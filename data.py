@@ -152,8 +152,8 @@ def read_pickle(path: Path) -> dict:
             return dict(ArrayUnpickler(file, encoding="bytes").load())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; complete or remove its folder") from None
-    except Exception as error:  # damaged pickles raise many kinds
-        raise UserError(f"{path}: not a CIFAR file ({error})") from None
+    except Exception as error:  # damaged pickles raise many kinds, some with several lines
+        raise UserError(f"{path}: not a CIFAR file ({' '.join(str(error).split())})") from None
 
 def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return images uint8 (N, 3, 32, 32) and labels int64 (N,) of a batch file."""
