@@ -35,8 +35,7 @@ from fishnet import UserError, create_model
 # ------------------------------------------------------------------------------------ checkpoints
 
 CHECKPOINT_FORMAT = 2
-CHECKPOINT_KEYS = {"format", "name", "config", "model", "optimizer", "scaler", "classes", "images"}
-CHECKPOINT_KEYS |= {"mean", "std", "args", "state"}
+CHECKPOINT_KEYS = "format name config model optimizer scaler classes images mean std args state".split()
 
 class DamagedFileError(UserError):
     """A file with damaged content."""
@@ -80,7 +79,7 @@ def check_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Return a checkpoint of train.py. Raises UserError if the file is not one."""
     checkpoint = load_file(path)
-    has_keys = isinstance(checkpoint, dict) and checkpoint.keys() >= CHECKPOINT_KEYS
+    has_keys = isinstance(checkpoint, dict) and checkpoint.keys() >= set(CHECKPOINT_KEYS)
     if not has_keys or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of train.py")
     return checkpoint
@@ -119,7 +118,6 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
 @dataclass(frozen=True)
 class Metrics:
     """Mean cross entropy, errors as fractions, and error and number of images of each class."""
-
     loss: float
     top1_error: float
     top5_error: float
@@ -165,8 +163,7 @@ def compute_logits(accelerator: Accelerator, model: nn.Module, images: Tensor,
     """Return logits, float32 (N, classes) on the device, of images uint8 (N, 3, H, W)."""
     images = transform(images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
     with accelerator.autocast():
-        # .forward goes round a compiled model, which another batch size would compile anew.
-        return model.forward(images).float()
+        return model.forward(images).float()  # model(images) would compile for each batch size
 
 @contextlib.contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
