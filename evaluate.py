@@ -4,8 +4,7 @@
     python evaluate.py runs/NAME/best.pt --split val --json  # or --tta: averaged over mirror images
     python evaluate.py runs/NAME/best.pt cat.jpg dog.png     # the most probable classes of images
 
-Network, classes, image size and normalisation come from the checkpoint. Errors and probabilities
-are per cent in the tables and fractions in JSON.
+Network, classes, image size and normalisation come from the checkpoint. JSON has fractions.
 """
 
 import argparse
@@ -35,7 +34,8 @@ from fishnet import UserError, create_model
 # ------------------------------------------------------------------------------------ checkpoints
 
 CHECKPOINT_FORMAT = 2
-CHECKPOINT_KEYS = "format name config model optimizer scaler classes images mean std args state".split()
+CHECKPOINT_KEYS = {"format", "name", "config", "model", "optimizer", "scaler", "classes", "images"}
+CHECKPOINT_KEYS |= {"mean", "std", "args", "state"}
 
 class DamagedFileError(UserError):
     """A file with damaged content."""
@@ -79,7 +79,7 @@ def check_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Return a checkpoint of train.py. Raises UserError if the file is not one."""
     checkpoint = load_file(path)
-    has_keys = isinstance(checkpoint, dict) and checkpoint.keys() >= set(CHECKPOINT_KEYS)
+    has_keys = isinstance(checkpoint, dict) and checkpoint.keys() >= CHECKPOINT_KEYS
     if not has_keys or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of train.py")
     return checkpoint
