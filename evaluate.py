@@ -288,7 +288,7 @@ def main() -> None:
             raise UserError(f"{args.checkpoint}: its outputs are not finite")
     except UserError as error:
         sys.exit(f"evaluate.py: {error}")
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
         sys.exit(f"evaluate.py: {explain(error)}")
     finally:
         end_workers()

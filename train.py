@@ -732,6 +732,8 @@ def explain(error: Exception) -> str:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
     if text.startswith("DataLoader worker (pid"):
         return f"{text.splitlines()[0]}: try --workers 0"
+    if isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught"):
+        return "a data worker ended while it sent images: try --workers 0"
     raise error
 
 def end_workers() -> None:
@@ -757,7 +759,7 @@ def main() -> None:
         run_epochs(run)
     except UserError as error:
         sys.exit(f"train.py: {error}")
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
         sys.exit(f"train.py: {explain(error)}")
     finally:
         end_workers()

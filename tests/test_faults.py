@@ -210,6 +210,16 @@ def test_a_worker_that_fails_is_explained(run_train, tmp_path, monkeypatch, faul
     gc.collect()
     assert not multiprocessing.active_children()
 
+def test_a_worker_that_dies_while_it_sends_is_explained(run_train, tmp_path, monkeypatch):
+    def accept_and_die(sharer):
+        sharer._listener.accept()
+        os._exit(1)
+
+    # Only workers send: the main process asks this thread of theirs for each batch's memory.
+    monkeypatch.setattr("multiprocessing.resource_sharer._ResourceSharer._serve", accept_and_die)
+    with pytest.raises(SystemExit, match=r"train\.py: .*worker .*--workers 0$"):
+        run_train(tmp_path, "--workers", "2")
+
 def test_a_worker_that_cannot_start_ends_a_program(run_train, tmp_path, monkeypatch):
     run_train(tmp_path, "--max-steps", "1")
     fork, works = os.fork, itertools.cycle([True, False])
