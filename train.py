@@ -277,7 +277,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
 
 @dataclass
 class RunState:
-    """What a checkpoint has besides weights and optimizer. The last four are of this epoch."""
+    """Hold what a checkpoint has besides weights and optimizer. The last four cover this epoch."""
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done, with their validation
     best_loss: float = math.inf  # of the validation
