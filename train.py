@@ -295,6 +295,9 @@ class StopSignal:
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: setattr(self, "number", number))
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            # Data workers leave the process group, which Ctrl-C and torchrun signal as a whole.
+            os.register_at_fork(after_in_child=os.setpgrp)
 
     def agree(self, accelerator: Accelerator, wait: bool = True) -> int:
         """Return the signal that any process got, or 0, the same on all, so that all stop together.

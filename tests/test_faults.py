@@ -47,6 +47,23 @@ train.main()
         run_train(tmp_path / "whole", "--epochs", "1000", "--max-steps", "8")
         assert_same(*(load(tmp_path / name / "last.pt") for name in ("run", "whole")))
 
+def test_a_signal_to_the_group_spares_workers_that_start(cifar_dir, tmp_path):
+    """PyTorch gives workers a handler that lets SIGTERM kill them, before they can ignore it."""
+    (tmp_path / "script.py").write_text("""
+import os, signal, train
+from torch.utils.data._utils import signal_handling
+set_handlers = signal_handling._set_worker_signal_handlers
+def set_handlers_and_signal():
+    set_handlers()
+    os.killpg(os.getpgid(os.getppid()), signal.SIGTERM)
+signal_handling._set_worker_signal_handlers = set_handlers_and_signal
+train.main()
+""")
+    flags = "--workers", "1", "--output-dir", tmp_path / "run"
+    process = start_python(1, tmp_path / "script.py", *SMALL, "--data-dir", cifar_dir, *flags)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "SIGTERM: saved step 1; continue with" in out, out
+
 def test_a_signal_to_one_process_stops_all_after_their_step():
     two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=lambda own: own + 15)
     assert train.StopSignal().agree(two, wait=True) == signal.SIGTERM
