@@ -269,10 +269,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 def main() -> None:
-    from train import end_workers, explain, prepare_machine  # late: train.py imports this file
+    from train import prepare_machine, report_failures  # late: train.py imports this file
 
     args = parse_args()
-    try:
+    with report_failures("evaluate.py"):
         accelerator = prepare_machine("no")
         checkpoint = load_checkpoint(args.checkpoint)
         model = load_model(checkpoint, args.model)
@@ -286,12 +286,6 @@ def main() -> None:
         metrics = evaluate(accelerator, model, images, transform, len(data.classes), *options)
         if not math.isfinite(metrics.loss):
             raise UserError(f"{args.checkpoint}: its outputs are not finite")
-    except UserError as error:
-        sys.exit(f"evaluate.py: {error}")
-    except (RuntimeError, MemoryError, OSError, EOFError) as error:
-        sys.exit(f"evaluate.py: {explain(error)}")
-    finally:
-        end_workers()
     if accelerator.is_main_process:
         print_metrics(metrics, args, checkpoint["name"], data.classes)
     accelerator.end_training()

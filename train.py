@@ -1,22 +1,19 @@
 """Train a network: one loop of our own, wrapped in Hugging Face Accelerate.
 
-    accelerate launch train.py                                    # the slides' FishNet-99, CIFAR-10
-    accelerate launch train.py --recipe demo                      # no download, for two CPU cores
-    python train.py --output-dir runs/a --resume auto             # start, or continue, runs/a
-    torchrun --nproc-per-node 8 train.py --recipe strong          # eight GPUs
-    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train.py  # two processes on the CPU
+    accelerate launch train.py                             # the slides' FishNet-99 on CIFAR-10
+    accelerate launch train.py --recipe demo               # no download, for two CPU cores
+    python train.py --output-dir runs/a --resume auto      # start runs/a, or continue it
+    torchrun --nproc-per-node 8 train.py --recipe strong   # eight GPUs
 
-A run writes to its --output-dir: last.pt and the save before it, previous.pt; best.pt, which has
-the lowest validation loss; metrics.csv, args.json and TensorBoard events. A run that stops after
-any step and resumes ends with the same bits as one that did not stop. SIGTERM and Ctrl-C finish
-the current step and save.
+A run writes last.pt, previous.pt (the save before it), best.pt (the lowest validation loss),
+metrics.csv, args.json and TensorBoard events to --output-dir. SIGTERM and Ctrl-C finish the step
+and save. A run that stops and resumes ends with the same bits as one that did not stop.
 """
 
 import argparse
 import ast
 import contextlib
 import ctypes
-import errno
 import io
 import json
 import math
@@ -27,18 +24,16 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
-import accelerate
 import torch
 import torch.nn.functional as F
-import torchvision
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list
-from accelerate.utils import gather_object, parse_flag_from_env, tqdm
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -137,38 +132,30 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
             expected = f"expected a finite number of at least {int(name in positive)}"
             raise UserError(f"{name.replace('_', '-')}={value}: {expected}")
     parts = accelerator.num_processes * args.grad_accum_steps
-    is_on_cpu = accelerator.device.type == "cpu"
     for name, is_wrong, expected in (
         ("batch_size", args.batch_size % parts or args.batch_size < 2 * parts,
          f"expected {parts} parts of at least 2 images, for batch norm"),
-        ("warmup_epochs", args.warmup_epochs >= args.epochs, f"expected less than {args.epochs}"),
         ("smoothing", args.smoothing >= 1, "expected less than 1"),
         ("image_size", args.image_size is not None and args.dataset != "folder",
          "works with --dataset folder only"),
-        ("mixed_precision", args.mixed_precision in ("tf32", "fp16") and is_on_cpu,
-         "use bf16 or no on a CPU"),
+        ("mixed_precision", args.mixed_precision in ("tf32", "fp16")
+         and accelerator.device.type == "cpu", "use bf16 or no on a CPU"),
         ("model_args", "num_classes" in args.model_args, "num_classes is the dataset's"),
         ("resume", args.resume == "auto" and not args.output_dir, "needs --output-dir, its folder"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(f"{name.replace('_', '-')}={getattr(args, name)}: {expected}")
 
-def prepare_machine(precision: str | None, accum_steps: int = 1) -> Accelerator:
-    """Set up PyTorch for speed and exact repetition, and return the accelerator. Raises UserError
-    if the processes cannot work together."""
+def prepare_machine(precision: str | None) -> Accelerator:
+    """Set PyTorch up for speed and exact repetition; return the accelerator."""
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise barriers expect one GPU per process
     is_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_tf32
     torch.backends.cudnn.deterministic = True
-    accumulation = GradientAccumulationPlugin(
-        num_steps=accum_steps, adjust_scheduler=False, sync_with_dataloader=False
-    )
     loading = DataLoaderConfiguration(split_batches=True, non_blocking=True)
-    accelerator = Accelerator(
-        mixed_precision="no" if is_tf32 else precision, dataloader_config=loading,
-        gradient_accumulation_plugin=accumulation, dynamo_backend="no",
-    )  # fmt: skip
+    accelerator = Accelerator(mixed_precision="no" if is_tf32 else precision,
+                              dataloader_config=loading, dynamo_backend="no")  # fmt: skip
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise UserError(f"{started} processes without a GPU each: set ACCELERATE_USE_CPU=true")
@@ -204,18 +191,13 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     tall = [x.shape[0] > x.shape[1] for x in matrices]
     gram = torch.stack([x.mT @ x if t else x @ x.mT for x, t in zip(matrices, tall)])
     square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-24)[:, None, None]  # |x|^2
-
-    def compute_factor(gram: Tensor) -> Tensor:  # p(s) / s
+    gram, factor, product = gram / square, None, None
+    for step in range(3):
+        if step:
+            gram = factor @ gram @ factor
         factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-        return factor
-
-    gram = gram / square
-    product = factor = compute_factor(gram)
-    for _ in range(2):
-        gram = factor @ gram @ factor
-        factor = compute_factor(gram)
-        product = factor @ product
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)  # p(s) / s
+        product = factor @ product if step else factor
     return [x @ p if t else p @ x for x, p, t in zip(matrices, product / square.sqrt(), tall)]
 
 class Muon(torch.optim.Optimizer):
@@ -231,8 +213,6 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
             gradients = [p.grad for p in params]
             for p in params:
                 if not self.state[p]:
@@ -241,27 +221,18 @@ class Muon(torch.optim.Optimizer):
             # One call for all weights: a GPU would wait for so many small operations.
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
-            updates = list(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
-            self.orthogonalize_convolutions(updates)
+            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+            alike = defaultdict(list)  # matrices by their smaller side, in channels_last order
+            for update in updates:
+                if update.ndim == 4:
+                    alike[min(len(update), update[0].numel())].append(update.permute(0, 2, 3, 1))
+            for matrices in alike.values():
+                results = orthogonalize([x.flatten(1) for x in matrices])
+                tall = [max(1, len(x) / x[0].numel()) ** 0.5 for x in matrices]  # usual factors
+                torch._foreach_mul_(results, tall)
+                torch._foreach_copy_(matrices, [y.view_as(x) for x, y in zip(matrices, results)])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(params, updates, alpha=group["lr"])
-
-    @staticmethod
-    def orthogonalize_convolutions(updates: list[Tensor]) -> None:
-        """Replace 4-d updates in the list; those with the same smaller side go together."""
-        groups = defaultdict(list)
-        for i, update in enumerate(updates):
-            if update.ndim == 4:
-                groups[min(len(update), update[0].numel())].append(i)
-        for indices in groups.values():
-            # The columns are in the order of channels_last, which is that of the weights.
-            matrices = [updates[i].permute(0, 2, 3, 1).flatten(1) for i in indices]
-            results = orthogonalize(matrices)
-            tall = [max(1, len(x) / x.shape[1]) ** 0.5 for x in matrices]  # Muon's usual factors
-            torch._foreach_mul_(results, tall)
-            for i, result in zip(indices, results):
-                rows, channels, *kernel = updates[i].shape
-                updates[i] = result.view(rows, *kernel, channels).permute(0, 3, 1, 2)
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Adam and SGD decay all weights, as in the slides; AdamW matrices, Muon convolutions alone."""
@@ -277,7 +248,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
 
 @dataclass
 class RunState:
-    """Hold what a checkpoint has besides weights and optimizer. The last four cover this epoch."""
+    """Hold what a checkpoint has besides weights and optimizer. The last three cover this epoch."""
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done, with their validation
     best_loss: float = math.inf  # of the validation
@@ -285,8 +256,7 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)  # the rows of metrics.csv
     sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # of losses, errors, images
     seconds: float = 0.0  # of training
-    data_seconds: float = 0.0  # the part of them that waits for images or augments them
-    timed_steps: int = 0  # steps in these seconds: all but a compiler's first one
+    data_seconds: float = 0.0  # the part of them that waits for images
 
 class StopSignal:
     """SIGTERM or SIGINT, after which training ends once its step is done."""
@@ -300,21 +270,19 @@ class StopSignal:
             os.register_at_fork(after_in_child=os.setpgrp)
 
     def agree(self, accelerator: Accelerator, wait: bool = True) -> int:
-        """Return the signal that any process got, or 0, the same on all, so that all stop together.
-        Asking GPUs means waiting for them, so without `wait` the answer there is 0."""
+        """Return the signal that any process got, or 0. GPUs are asked only if they may `wait`."""
         if accelerator.num_processes == 1:
             return self.number
         if accelerator.device.type != "cpu" and not wait:
             return 0
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
-Run = SimpleNamespace  # what the loop works with; make_run lists its fields
+Run = argparse.Namespace  # what the loop works with; make_run lists its fields
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
-    """Write a file as a whole or not at all; `keep_as` keeps the old one. Raises UserError if the
-    disk refuses."""
+    """Write a whole file or, with a UserError, nothing. The old file becomes `keep_as`."""
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
@@ -327,12 +295,6 @@ def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None =
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: {error.strerror}; earlier checkpoints are intact") from None
-    with contextlib.suppress(OSError):  # not every file system can sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 def describe(run: Run) -> dict:
     """Return what fixes an experiment besides its flags: a resumed run must have the same."""
@@ -346,7 +308,7 @@ def save(run: Run, *names: str) -> None:
     """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on all
     processes. Raises UserError if a step since the last save was not finite."""
     settle(run)
-    if not names or not run.accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return
     run.writer.flush()
     weights, scaler = run.accelerator.unwrap_model(run.model).state_dict(), run.accelerator.scaler
@@ -365,31 +327,27 @@ def save(run: Run, *names: str) -> None:
 def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     """Continue from a checkpoint. Raises UserError if it belongs to another experiment."""
     own, optimizer, model = describe(run), run.optimizer, run.accelerator.unwrap_model(run.model)
-    if (checkpoint["classes"], checkpoint["args"]["opt"]) != (own["classes"], run.args.opt):
-        raise UserError(f"{path} was trained with other classes or another --opt")
     wanted = {name: value for name, value in vars(run.args).items() if name not in FREE}
     wanted |= own["config"] | {"images": own["images"]}
     found = checkpoint["args"] | checkpoint["config"] | {"images": checkpoint["images"]}
     names = [name for name in wanted | checkpoint["config"] if found.get(name) != wanted.get(name)]
     changes = [f"{name} {found.get(name)} -> {wanted.get(name)}" for name in names]
     if changes and not run.args.override:
-        way_on = "repeat its flags, or add --override to continue with the new ones"
         settings = f"different settings: {', '.join(changes)}"
-        raise UserError(f"{path} was trained with {settings}; {way_on}")
+        raise UserError(f"{path} was trained with {settings}; repeat them, or add --override")
+    steps = checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]
+    fixed = (checkpoint["classes"], checkpoint["args"]["opt"], steps)
+    if fixed != (own["classes"], run.args.opt, run.steps):
+        raise UserError(f"{path} has other classes, steps an epoch or --opt, which cannot change")
     check_weights(model, checkpoint["model"], path)
     model.load_state_dict(checkpoint["model"])
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, decay in zip(optimizer.param_groups, decays):
-        group["weight_decay"] = decay  # with --override it may differ; the rate is set in each step
+    groups = zip(checkpoint["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
+    groups = [saved | {"weight_decay": own["weight_decay"]} for saved, own in groups]  # --override
+    optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
     if run.accelerator.scaler and checkpoint["scaler"]:
         run.accelerator.scaler.load_state_dict(checkpoint["scaler"])
-    run.state = state = RunState(**checkpoint["state"])
-    if checkpoint["images"]["train"] // checkpoint["args"]["batch_size"] != run.steps:
-        raise UserError(f"{path}: the number of steps of an epoch cannot change inside a run")
-    if path.resolve().parent != run.folder.resolve():
-        state.best_loss, state.best_epoch = math.inf, state.epoch  # best.pt stays where it was
-    run.accelerator.print(f"resumed {path} at step {state.step}, epoch {state.epoch + 1}")
+    run.state = RunState(**checkpoint["state"])
+    run.accelerator.print(f"resumed {path} at step {run.state.step}, epoch {run.state.epoch + 1}")
 
 # --------------------------------------------------------------------------------------- the loop
 
@@ -399,30 +357,29 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     args, accelerator, state = run.args, run.accelerator, run.state
     for group in run.optimizer.param_groups:
         group["lr"] = compute_lr(args, state.step, run.steps)
-    started = time.perf_counter()
-    parts = [next(batches) for _ in range(args.grad_accum_steps)]  # uint8 (N, 3, H, W), (N,)
-    state.data_seconds += time.perf_counter() - started
     sums = torch.zeros(3, device=accelerator.device)
-    for part, (images, labels) in enumerate(parts):
+    for part in range(args.grad_accum_steps):
+        started = time.perf_counter()
+        images, labels = next(batches)  # uint8 (N, 3, H, W), (N,)
+        state.data_seconds += time.perf_counter() - started
         # Parts are numbered alike on one process that accumulates and on several that do not.
         shard = part * accelerator.num_processes + accelerator.process_index
-        with seeded(args.seed, state.epoch, state.step, shard), accelerator.accumulate(run.model):
-            started = time.perf_counter()
+        is_last = part + 1 == args.grad_accum_steps  # only then do processes add their gradients
+        sync = contextlib.nullcontext() if is_last else accelerator.no_sync(run.model)
+        with sync, seeded(args.seed, state.epoch, state.step, shard):
             images, targets = run.transform(images), labels
             if run.mix:
                 images, targets = run.mix(images, labels)  # targets: (N, classes)
                 labels = targets.argmax(1)
-            state.data_seconds += time.perf_counter() - started
             logits = run.model(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = measure_gradient(run)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            accelerator.backward(loss / args.grad_accum_steps)
         errors = (logits.detach().argmax(1) != labels).sum()
         count = torch.full_like(errors, len(labels))
         sums += torch.stack([loss.detach() * count, errors, count])
+    norm = measure_gradient(run)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     # fp16's scaler skips a step if the norm is not finite, which is no harm.
     check = sums[0] if accelerator.optimizer_step_was_skipped else sums[0] + norm
     return torch.cat([sums, check[None]])
@@ -431,8 +388,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     """Train to the end of the epoch or to --max-steps; return a row of metrics.csv. A signal saves
     and ends the program. Raises UserError if a loss or gradient is not finite."""
     args, state, steps = run.args, run.state, run.steps
-    first, end = state.epoch * steps, (state.epoch + 1) * steps
-    end = min(end, args.max_steps or end)
+    first, end = state.epoch * steps, min((state.epoch + 1) * steps, args.max_steps or math.inf)
     run.sampler.epoch, run.sampler.start = state.epoch, (state.step - first) * args.grad_accum_steps
     run.data.train.epoch = None if args.augment == "none" else state.epoch
     run.model.train()
@@ -440,34 +396,29 @@ def train_epoch(run: Run) -> dict[str, float]:
                ncols=79, leave=False, disable=not sys.stderr.isatty())  # fmt: skip
     batches = iter(run.loader) if state.step < end else iter(())
     while state.step < end:
-        started, data_before = time.perf_counter(), state.data_seconds
+        started = time.perf_counter()
         run.pending.append(train_step(run, batches))
         state.step += 1
-        run.skipped = run.skipped + 1 if run.accelerator.optimizer_step_was_skipped else 0
-        is_logged = state.step % args.log_every == 0 or state.step == end or run.is_compiling
+        is_logged = state.step == end or state.step % args.log_every == 0
         stopped = run.stop.agree(run.accelerator, is_logged)
-        is_due = args.checkpoint_every and state.step % args.checkpoint_every == 0
+        # The end of an epoch is saved before its validation, which may fail.
+        is_due = state.step == end or state.step % (args.checkpoint_every or end) == 0
         if is_logged or stopped or is_due:  # seldom, since it waits for the device
             last = settle(run)
-        seconds = time.perf_counter() - started
-        if run.is_compiling:
-            run.accelerator.print(f"compiled in the first step, {seconds:.0f} s")
-            run.is_compiling, state.data_seconds = False, data_before
-        else:
-            state.seconds, state.timed_steps = state.seconds + seconds, state.timed_steps + 1
+        state.seconds += time.perf_counter() - started
         bar.update()
         if is_logged:
             log_step(run, bar, last)
-        if stopped or (is_due and state.step < end):
+        if stopped or is_due:
             save(run, "last.pt")
         if stopped:
-            stop_run(run, stopped)
+            saved = f"{signal.Signals(stopped).name}: saved step {state.step}"
+            way_on = f"continue with --output-dir {shlex.quote(str(run.folder))} --resume auto"
+            run.accelerator.print(f"{saved}; {way_on}")
+            run.accelerator.end_training()
+            sys.exit(128 + stopped)
     bar.close()
-    loss, errors, images = state.sums
-    return {
-        "epoch": state.epoch + 1, "step": state.step, "lr": compute_lr(args, state.step - 1, steps),
-        "train_loss": loss / images, "train_top1_error": errors / images, **measure_speed(run),
-    }  # fmt: skip
+    return summarize_epoch(run)
 
 def settle(run: Run) -> list[float]:
     """Add pending results of train_step to the sums of the epoch; return those of the last step.
@@ -477,7 +428,7 @@ def settle(run: Run) -> list[float]:
         results = run.accelerator.reduce(torch.stack(run.pending), "sum").tolist()
     run.pending.clear()
     for step, (*values, check) in enumerate(results, run.state.step - len(results) + 1):
-        if not math.isfinite(check) or run.skipped > 20:
+        if not math.isfinite(check):
             reason = f"the loss or its gradient is not finite at step {step}"
             raise UserError(f"{reason}: try a lower --lr; earlier checkpoints are intact")
         run.state.sums = [total + value for total, value in zip(run.state.sums, values)]
@@ -494,78 +445,62 @@ def run_epochs(run: Run) -> None:
         and not 0 < args.max_steps <= state.epoch * run.steps
         and not 0 < args.patience <= state.epoch - state.best_epoch
     ):  # fmt: skip
-        first = state.step
         row = train_epoch(run)
-        if state.step > first:
-            save(run, "last.pt")  # before the validation, which may fail
         if len(data.val):
             broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
                            batch_size, args.workers)  # fmt: skip
-            is_lost = not math.isfinite(val.loss)
-            if is_lost and run.accelerator.is_main_process:  # --resume auto takes the one before it
-                (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
-            if is_lost:
-                way_on = "lower --lr, with --resume auto --override or in a new folder"
+            if not math.isfinite(val.loss):
+                way_on = "lower --lr, with --override and --resume previous.pt, or start again"
                 raise UserError(f"validation loss after step {state.step} is not finite: {way_on}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
                     "val_top5_error": val.top5_error}  # fmt: skip
         log_epoch(run, row)
         is_whole = state.step == (state.epoch + 1) * run.steps
-        is_best = row.get("val_loss", -math.inf) < state.best_loss  # without validation: always
-        names = ["best.pt"] if is_best and (is_whole or math.isinf(state.best_loss)) else []
         if is_whole:
-            names.append("last.pt")
+            is_best = row.get("val_loss", -math.inf) < state.best_loss  # without validation: always
             state.epoch += 1
             state.history.append(row)
-            state.sums, state.seconds, state.data_seconds, state.timed_steps = [0.0] * 3, 0, 0, 0
+            state.sums, state.seconds, state.data_seconds = [0.0] * 3, 0.0, 0.0
             if is_best:
                 state.best_loss, state.best_epoch = row.get("val_loss", math.inf), state.epoch
-        save(run, *names)
-        if number := run.stop.agree(run.accelerator):
-            stop_run(run, number)
-
-def stop_run(run: Run, number: int) -> None:
-    """Say how to continue, and exit with the code that belongs to a signal."""
-    way_on = f"continue with --output-dir {shlex.quote(str(run.folder))} --resume auto"
-    run.accelerator.print(f"{signal.Signals(number).name}: saved step {run.state.step}; {way_on}")
-    run.accelerator.end_training()
-    sys.exit(128 + number)
-
-PARTS = dict.fromkeys(("stem", "t1", "t2", "t3", "t4", "bridge"), "tail")
-PARTS |= dict.fromkeys(("b4", "b3", "b2"), "body")
-PARTS |= dict.fromkeys(("h1", "h2", "h3", "h4", "pool", "fc"), "head")
+            save(run, *["best.pt"] * is_best, "last.pt")
 
 def measure_gradient(run: Run) -> Tensor:
-    """Return the norm of the gradient. Log that of tail, body and head, and clip to --clip-grad."""
+    """Return the norm of the gradient. Log that of each stage, and clip to --clip-grad."""
     run.accelerator.unscale_gradients()
-    parts, step = defaultdict(list), run.state.step + 1
+    stages, step = defaultdict(list), run.state.step + 1
     for name, p in run.accelerator.unwrap_model(run.model).named_parameters():
         if p.grad is not None:
-            parts[PARTS.get(name.partition(".")[0], "others")].append(p.grad)
-    for part, gradients in parts.items() if run.writer and step % run.args.log_every == 0 else ():
+            stages[name.partition(".")[0]].append(p.grad)
+    for stage, gradients in stages.items() if run.writer and step % run.args.log_every == 0 else ():
         norm = nn.utils.get_total_norm(gradients)
-        run.writer.add_scalar(f"gradient_norm/{part}", float(norm), step)
-    norm = nn.utils.get_total_norm([gradient for part in parts.values() for gradient in part])
+        run.writer.add_scalar(f"gradient_norm/{stage}", float(norm), step)
+    norm = nn.utils.get_total_norm([g for gradients in stages.values() for g in gradients])
     if run.args.clip_grad:
         nn.utils.clip_grads_with_norm_(run.model.parameters(), run.args.clip_grad, norm)
     return norm
 
-def measure_speed(run: Run) -> dict[str, float]:
-    """Return images/s, seconds and the part of them that waits for data, of the epoch so far."""
-    state, seconds = run.state, max(run.state.seconds, 1e-9)
-    return {"images_per_second": state.timed_steps * run.args.batch_size / seconds,
-            "seconds": seconds, "data_wait": state.data_seconds / seconds}  # fmt: skip
+def summarize_epoch(run: Run) -> dict[str, float]:
+    """Return a row of metrics.csv: means over the epoch so far, and the learning rate."""
+    state, (loss, errors, images) = run.state, run.state.sums
+    seconds = max(state.seconds, 1e-9)
+    return {
+        "epoch": state.epoch + 1, "step": state.step,
+        "lr": compute_lr(run.args, state.step - 1, run.steps),
+        "train_loss": loss / images, "train_top1_error": errors / images,
+        "images_per_second": images / seconds, "seconds": state.seconds,
+        "data_wait": state.data_seconds / seconds,  # the part of the time without a batch
+    }  # fmt: skip
 
 def log_step(run: Run, bar: tqdm, sums: list[float]) -> None:
     """Show the epoch's means on the bar, and log the last step's values to TensorBoard."""
-    speed = measure_speed(run) | {"lr": run.optimizer.param_groups[0]["lr"]}
-    loss, errors, images = run.state.sums
-    means = f"loss {loss / images:.3f} error {errors / images:.1%}"
-    bar.set_postfix_str(f"{means} {speed['images_per_second']:.0f} img/s")
-    loss, errors, images = sums
-    speed |= {"train/loss": loss / images, "train/top1_error": errors / images}
-    for name, value in speed.items() if run.writer else ():
+    row, (loss, errors, images) = summarize_epoch(run), sums
+    means = f"loss {row['train_loss']:.3f} error {row['train_top1_error']:.1%}"
+    bar.set_postfix_str(f"{means} {row['images_per_second']:.0f} img/s")
+    values = {"train/loss": loss / images, "train/top1_error": errors / images}
+    values |= {name: row[name] for name in ("lr", "images_per_second", "seconds", "data_wait")}
+    for name, value in values.items() if run.writer else ():
         run.writer.add_scalar(name, value, run.state.step)
 
 def log_epoch(run: Run, row: dict[str, float]) -> None:
@@ -575,36 +510,31 @@ def log_epoch(run: Run, row: dict[str, float]) -> None:
     for name in ("val_loss", "val_top1_error", "val_top5_error"):
         if name in row:
             run.writer.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
-    rows = [*run.state.history, row]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    table = [row.keys(), *(row.values() for row in [*run.state.history, row])]
     text = "".join(",".join(map(str, values)) + "\n" for values in table)
     write_atomic(run.folder / "metrics.csv", text.encode())
-    line = f"epoch {row['epoch']:>3}/{run.args.epochs}"
+    line = f"epoch {row['epoch']}/{run.args.epochs}"
     for name in ("train", "val") if "val_loss" in row else ("train",):
-        line += f"  {name} {row[f'{name}_loss']:.3f} {row[f'{name}_top1_error']:6.2%}"
-    top5 = f" ({row['val_top5_error']:.2%})" if "val_loss" in row else ""
-    print(f"{line}{top5}  {row['images_per_second']:.0f} img/s  {row['seconds']:.0f} s", flush=True)
+        line += f"  {name} loss {row[f'{name}_loss']:.2f}  error {row[f'{name}_top1_error']:.2%}"
+    print(f"{line}  {row['seconds']:.0f} s", flush=True)
+    run.writer.flush()
 
 # ----------------------------------------------------------------------------------------- set-up
 
-def call_on_main(accelerator: Accelerator, function: Callable, *args: object) -> object:
-    """Call a function on the main process; return its result, or raise its UserError, on all."""
-    result = None
-    if accelerator.is_main_process:
-        try:
-            result = function(*args)
-        except UserError as error:
-            result = error
-    (result,) = broadcast_object_list([result])
-    if isinstance(result, UserError):
-        raise result
-    return result
+@contextlib.contextmanager
+def raise_on_all() -> Iterator[None]:
+    """Raise on every process the UserError or OSError that the block raises on one of them."""
+    error = None
+    try:
+        yield
+    except (UserError, OSError) as raised:
+        error = raised
+    if errors := [found for found in gather_object([error]) if found]:
+        raise errors[0]
 
 def find_run(args: argparse.Namespace) -> tuple[Path, Path | None, dict | None]:
-    """Return the folder of the run, and path and content of the checkpoint to continue from.
-    "auto" takes the newest whole one and renames damaged ones. Raises UserError if the folder holds
-    another run, or one of which nothing is whole."""
+    """Return the run's folder, and path and content of the checkpoint to continue from. Raises
+    UserError if the folder holds another run, or one without an undamaged checkpoint."""
     name = f"{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}".replace(":", "-")
     path = Path(args.resume) if args.resume and args.resume != "auto" else None
     folder = Path(args.output_dir or (path.parent if path else f"runs/{name}"))
@@ -639,19 +569,14 @@ def lock_folder(folder: Path) -> object:
 
 def load_same_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     """Load the data on every process. Raises UserError on all if it fails or differs on one."""
-    with accelerator.local_main_process_first():  # one process downloads
-        try:
-            options = (args.val_fraction, args.seed, args.image_size)
-            data = load_data(args.dataset, args.data_dir, *options)
-            flags = [value for name, value in vars(args).items() if name not in FREE]
-            labels = data.train.labels.tolist()
-            summary = (flags, args.model_args, data.classes, labels, len(data.val))
-        except UserError as error:
-            summary = error
-    summaries = gather_object([summary])
-    if errors := [found for found in summaries if isinstance(found, UserError)]:
-        raise errors[0]
-    if any(found != summaries[0] for found in summaries):
+    options = (args.data_dir, args.val_fraction, args.seed, args.image_size)
+    for is_main in (True, False):  # one process of each machine downloads, before the others load
+        with raise_on_all():
+            if accelerator.is_local_main_process == is_main:
+                data = load_data(args.dataset, *options)
+    flags = [value for name, value in vars(args).items() if name not in FREE]
+    summary = (flags, args.model_args, data.classes, data.train.labels.tolist(), len(data.val))
+    if any(found != summary for found in gather_object([summary])):
         raise UserError("the processes have different flags or data, which must be the same")
     return data
 
@@ -659,10 +584,7 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
     """Return the network as the seed draws it."""
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=classes, **args.model_args)
-    config = getattr(model, "config", None)
-    if getattr(config, "in_channels", 3) != 3:
-        raise UserError(f"model-args in_channels={config.in_channels}: expected 3, as in images")
-    stride = getattr(config, "stride", 1)
+    stride = getattr(getattr(model, "config", None), "stride", 1)
     if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
         raise UserError(f"image-size={args.image_size}: expected a multiple of {stride}")
     if args.zero_init_last:
@@ -677,11 +599,13 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
 
 def make_run(args: argparse.Namespace) -> Run:
     """Make everything that the loop needs. Raises UserError if an argument or a file is wrong."""
-    accelerator = prepare_machine(args.mixed_precision, args.grad_accum_steps)
+    accelerator = prepare_machine(args.mixed_precision)
     if args.mixed_precision != "tf32":
         args.mixed_precision = accelerator.mixed_precision
     check_args(args, accelerator)
-    folder, path, checkpoint = call_on_main(accelerator, find_run, args)
+    with raise_on_all():
+        found = find_run(args) if accelerator.is_main_process else None
+    ((folder, path, checkpoint),) = broadcast_object_list([found])
     args.output_dir = str(folder)
     data = load_same_data(args, accelerator)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
@@ -699,56 +623,61 @@ def make_run(args: argparse.Namespace) -> Run:
         transform=make_transform(data.mean, data.std, args.augment, data.train),
         mix=BatchCutMix(len(data.classes)) if args.augment == "cutmix" else None,
         pending=[],  # results of train_step that are not in state.sums yet
-        skipped=0,  # steps in a row that fp16's loss scaler skipped, halving its scale at each
-        is_compiling=args.compile,  # until the first step is done
         lock=None, writer=None,  # on the main process alone
     )  # fmt: skip
     if path:
         resume_run(run, path, checkpoint)
-    call_on_main(accelerator, start_writing, run)
+    with raise_on_all():
+        if accelerator.is_main_process:
+            start_writing(run)
     if path and path.resolve() != (folder / "last.pt").resolve():
         save(run, "last.pt")  # so that --resume auto continues from here
     return run
 
 def start_writing(run: Run) -> None:
     """Lock the folder, write args.json, and open TensorBoard's events with augmented images."""
-    try:
-        run.lock = lock_folder(run.folder)
-        run.writer = SummaryWriter(run.folder, purge_step=run.state.step + 1)
-    except OSError as error:
-        raise UserError(f"{run.folder}: {error.strerror}") from None
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, accelerate)}
+    run.lock = lock_folder(run.folder)
+    run.writer = SummaryWriter(run.folder, purge_step=run.state.step + 1)
+    versions = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
     content = vars(run.args) | {"processes": run.accelerator.num_processes, "versions": versions}
     write_atomic(run.folder / "args.json", json.dumps(content, indent=2).encode())
     if run.state.step == 0:
-        images = augment_first(run.data, run.args.augment, run.args.seed)
-        run.writer.add_images("augmented", images)
+        run.writer.add_images("augmented", augment_first(run.data, run.args.augment, run.args.seed))
 
 def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, BlockingIOError):
         return f"a process cannot be started ({error.strerror}): lower --workers"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return "out of memory: lower --batch-size, or train with --checkpoint-activations"
     if "DataLoader worker" in text and "shared memory" in text:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
-    if text.startswith("DataLoader worker (pid"):
-        return f"{text.splitlines()[0]}: try --workers 0"
-    if isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught"):
-        return "a data worker ended while it sent images: try --workers 0"
+    is_broken_pipe = isinstance(error, (ConnectionError, EOFError))
+    if text.startswith("DataLoader worker (pid") or (is_broken_pipe and "Caught" not in text):
+        return "a data worker was killed, perhaps for lack of memory: try --workers 0"
     raise error
 
-def end_workers() -> None:
-    """Kill data workers that are left. They ignore SIGTERM, so Python would wait for them."""
-    if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise PyTorch raises an error for each
-        for worker in workers:
-            worker.kill()
+@contextlib.contextmanager
+def report_failures(program: str) -> Iterator[None]:
+    """Turn a UserError or a failure of the machine in the block into one line that ends it."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"{program}: {error}")
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
+        sys.exit(f"{program}: {explain(error)}")
+    finally:
+        if workers := multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would raise an error for each
+            for worker in workers:
+                worker.kill()  # they ignore SIGTERM, so Python would wait for them
 
 def main() -> None:
-    args, run = parse_args(), None
-    try:
+    args = parse_args()
+    with report_failures("train.py"):
         run = make_run(args)
         run.stop.listen()
         data, accelerator = run.data, run.accelerator
@@ -760,18 +689,11 @@ def main() -> None:
             f"epoch\nwrites to {run.folder}"
         )
         run_epochs(run)
-    except UserError as error:
-        sys.exit(f"train.py: {error}")
-    except (RuntimeError, MemoryError, OSError, EOFError) as error:
-        sys.exit(f"train.py: {explain(error)}")
-    finally:
-        end_workers()
-        if run and run.writer:
-            run.writer.close()
-    if (best := run.folder / "best.pt").exists() and (len(data.test) or len(data.val)):
+    if len(data.test) or len(data.val):
+        path = run.folder / ("best.pt" if (run.folder / "best.pt").exists() else "last.pt")
         model = f" --model {args.model}" if ":" in args.model else ""
         split = "" if len(data.test) else " --split val"
-        accelerator.print(f"python evaluate.py {shlex.quote(str(best))}{model}{split}")
+        accelerator.print(f"python evaluate.py {shlex.quote(str(path))}{model}{split}")
     accelerator.end_training()
 
 if __name__ == "__main__":

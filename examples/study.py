@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fishnet import FishNet, ResNet, UserError, create_model
 from flops import count
-from train import PARTS
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 # The slides' network, made so small that a run takes minutes on one core.
@@ -53,6 +52,9 @@ VARIANTS = {
     "no dilation": {"body_dilations": (1, 1, 1)},
     "k = 4": {"k": 4},
 }
+PARTS = dict.fromkeys(("stem", "t1", "t2", "t3", "t4", "bridge"), "tail")
+PARTS |= dict.fromkeys(("b4", "b3", "b2"), "body")
+PARTS |= dict.fromkeys(("h1", "h2", "h3", "h4", "pool", "fc"), "head")
 FIXED = (  # flags of train.py that this program chooses
     "--model", "--model-args", "--dataset", "--recipe", "--seed", "--resume", "--val-fraction",
 )  # fmt: skip

@@ -235,7 +235,7 @@ def test_an_unreadable_image_of_the_validation_does_not_hang_its_workers(copy, t
 def test_a_run_is_bound_to_its_classes_and_its_split(run_folder, call, copy, tmp_path):
     run_folder(copy, "run", "--epochs", "2", "--max-steps", "3")
     (copy / "val").rename(copy / "away")  # a part of the training images would take its place
-    code, _, _ = call(evaluate, tmp_path / "run" / "best.pt", "--split", "val")
+    code, _, _ = call(evaluate, tmp_path / "run" / "last.pt", "--split", "val")
     assert code.startswith("evaluate.py: split=val: found {'train': 18, 'val': 6} images")
     with pytest.raises(SystemExit, match=r"images .*'train': 24.* -> .*'train': 18"):
         run_folder(copy, "run", "--epochs", "2", "--resume", "auto")
@@ -258,7 +258,7 @@ def assert_top(prediction: dict, probabilities: torch.Tensor, classes: list[str]
 
 def test_a_network_trains_is_evaluated_and_predicts(run_folder, call, copy, tmp_path):
     out = run_folder(copy, "run", "--epochs", "1", "--max-steps", "2")
-    best = tmp_path / "run" / "best.pt"
+    best = tmp_path / "run" / "last.pt"
     assert "24 training and 9 validation" in out and f"evaluate.py {best} --split val" in out
     trained = load(best)
     assert trained["classes"] == list(COLOURS)
@@ -287,7 +287,7 @@ def test_a_network_trains_is_evaluated_and_predicts(run_folder, call, copy, tmp_
 
 def test_a_cifar_checkpoint_takes_files(run_train, call, cifar_dir, tmp_path):
     run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2")
-    best = tmp_path / "run" / "best.pt"
+    best = tmp_path / "run" / "last.pt"
     # CIFAR's own images as PNG files have the same loss: they are not enlarged and cropped.
     for i, (image, label) in enumerate(load_data("cifar10", cifar_dir).test):
         for split in ("train", "val", "test"):

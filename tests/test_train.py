@@ -191,9 +191,7 @@ def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
     if opt == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), 1, 0.9, weight_decay=5e-4, nesterov=True)
     transform = data.make_transform(loaded.mean, loaded.std, "slides", loaded.train)
-    tail, body = ("stem", "t1", "t2", "t3", "t4", "bridge"), ("b4", "b3", "b2")
-    parts = {"tail": tail, "body": body, "head": ("h1", "h2", "h3", "h4", "pool", "fc")}
-    losses, norms = [], {part: {} for part in parts}
+    losses, norms = [], {stage: {} for stage, m in model.named_children() if list(m.parameters())}
     for step in range(12):
         epoch, i = divmod(step, 6)  # 192 images in batches of 32
         with data.seeded(3, epoch):
@@ -204,9 +202,9 @@ def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
         loss = F.cross_entropy(logits, loaded.train.labels[order], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
-        for part, names in parts.items():
-            gradients = [p.grad for name in names for p in getattr(model, name).parameters()]
-            norms[part][step + 1] = sum(g.square().sum() for g in gradients).sqrt().item()
+        for stage in norms:
+            gradients = [p.grad for p in getattr(model, stage).parameters()]
+            norms[stage][step + 1] = sum(g.square().sum() for g in gradients).sqrt().item()
         nn.utils.clip_grad_norm_(model.parameters(), 1)
         rate = (step + 1) / 4 if step < 3 else 0.5 * (1 + np.cos(np.pi * (step - 3) / 9))
         optimizer.param_groups[0]["lr"] = 0.02 * rate  # the first 3 steps are warm-up
@@ -217,9 +215,9 @@ def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
         torch.testing.assert_close(last["model"][name], parameter.detach(), rtol=0, atol=1e-6)
     found = [row["train_loss"] for row in last["state"]["history"]]
     assert found == pytest.approx([np.mean(losses[:6]), np.mean(losses[6:])], rel=1e-5)
-    for part, expected in norms.items():
+    for stage, expected in norms.items():
         expected = {step: expected[step] for step in range(2, 13, 2)}
-        assert scalars[f"gradient_norm/{part}"] == pytest.approx(expected, rel=1e-4)
+        assert scalars[f"gradient_norm/{stage}"] == pytest.approx(expected, rel=1e-4)
 
 def test_cutmix_trains_on_mixed_images_and_labels(run_train, tmp_path, monkeypatch):
     mixes, calls = [], []
@@ -269,8 +267,8 @@ def test_two_processes_train_like_one(cifar_dir, run_train, tmp_path):
 def test_a_run_and_its_files(run_train, tmp_path):
     folder = tmp_path / "a run"
     out = run_train(folder, "--epochs", "2")
-    numbers = r"\d+\.\d{3} +\d+\.\d\d%"
-    assert re.search(rf"^epoch   1/2  train {numbers}  val {numbers} \(\d+\.\d\d%\)", out, re.M)
+    numbers = r"loss \d\.\d\d  error \d+\.\d\d%"
+    assert re.search(rf"^epoch 1/2  train {numbers}  val {numbers}  \d+ s$", out, re.M)
     assert f"python evaluate.py '{folder}/best.pt'" in out
     assert max(map(len, re.findall("^epoch.*", out, re.M))) < 80
 
@@ -284,9 +282,11 @@ def test_a_run_and_its_files(run_train, tmp_path):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert last["state"]["best_loss"] == min(float(row["val_loss"]) for row in rows)
     assert all(0 < float(row["data_wait"]) < 1 for row in rows)
-    tags = "lr images_per_second seconds data_wait train/loss train/top1_error gradient_norm/tail"
-    tags += " gradient_norm/body gradient_norm/head val/loss val/top1_error val/top5_error"
-    assert scalars.keys() == set(tags.split())
+    tags = "lr images_per_second seconds data_wait train/loss train/top1_error"
+    tags += " val/loss val/top1_error val/top5_error"
+    stages = "stem t1 t2 t3 t4 bridge b4 b3 b2 h1 h2 h3 h4 pool fc"
+    tags = {*tags.split(), *(f"gradient_norm/{stage}" for stage in stages.split())}
+    assert scalars.keys() == tags
     assert EventAccumulator(str(folder)).Reload().Tags()["images"] == ["augmented"]
     assert list(scalars["train/loss"]) == [2, 4, 6, 8, 10, 12]
     losses = {int(row["step"]): float(row["val_loss"]) for row in rows}
@@ -394,7 +394,7 @@ train.main()
 
 def test_resume_after_signals_is_exact(run_train, tmp_path, monkeypatch):
     run_train(tmp_path / "whole", "--epochs", "2")
-    for call in (6, 1, 6):  # each step and each evaluation asks once
+    for call in (6, 1, 5):  # each step asks once
         answers = iter([0] * (call - 1) + [15])
         answer = lambda *_, answers=answers: next(answers)  # noqa: E731
         monkeypatch.setattr(train.StopSignal, "agree", answer)
@@ -442,10 +442,10 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
     run_train(tmp_path / "run", "--epochs", "1")
     resume = "--resume", str(tmp_path / "run" / "last.pt")
     for more, message in (
-        (("--epochs", "2"), r"settings: epochs 1 -> 2; .*--override to continue with the new"),
+        (("--epochs", "2"), r"settings: epochs 1 -> 2; repeat them, or add --override"),
         (("--model-args", "bridge=none"), "settings: bridge se -> none; "),
-        (("--override", "--opt", "adam"), "trained with other classes or another --opt"),
-        (("--override", "-b", "16"), "the number of steps of an epoch cannot change"),
+        (("--override", "--opt", "adam"), "has other classes, steps an epoch or --opt, which"),
+        (("--override", "-b", "16"), "has other classes, steps an epoch or --opt, which"),
         (("--override", "--model-args", "bridge=none"), "do not fit the model"),
     ):
         with pytest.raises(SystemExit, match=rf"last\.pt.*{message}"):
@@ -480,11 +480,11 @@ def test_bad_arguments_are_one_line_and_leave_no_folder(run_train, tmp_path, fla
     assert text.startswith("train.py: ") and message in text and "\n" not in text
     assert not (tmp_path / "run").exists()
 
-def test_a_run_from_another_folder_has_its_own_best(run_train, tmp_path, monkeypatch):
+def test_a_run_may_continue_in_another_folder(run_train, tmp_path, monkeypatch):
     set_validation_losses(monkeypatch, 2.0, 3.0)
     run_train(tmp_path / "a", "--epochs", "2", "--max-steps", "6")
     run_train(tmp_path / "b", "--epochs", "2", "--resume", str(tmp_path / "a" / "last.pt"))
-    assert load(tmp_path / "b" / "best.pt")["state"]["epoch"] == 2
+    assert not (tmp_path / "b" / "best.pt").exists()  # the best epoch was before
     run_train(tmp_path / "c", "--epochs", "2", "--resume", str(tmp_path / "b" / "last.pt"))
     assert load(tmp_path / "c" / "last.pt")["state"]["step"] == 12  # though nothing was left to do
     for flags in ((), ("--resume", str(tmp_path / "a" / "last.pt"))):
@@ -521,10 +521,9 @@ def test_compile_changes_nothing_and_happens_once(run_train, tmp_path, monkeypat
     monkeypatch.setattr(nn.Module, "compile", lambda m, mode: compile_module(m, backend="eager"))
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        out = run_train(tmp_path / "compiled", *flags, "--compile")
-    assert len(re.findall(r"^compiled in the first step, \d+ s$", out, re.M)) == 1
+        run_train(tmp_path / "compiled", *flags, "--compile")
     assert_same(*(load(tmp_path / name / "last.pt") for name in ("compiled", "eager")))
-    assert "gradient_norm/body" not in read_scalars(tmp_path / "eager")
+    assert "gradient_norm/b4" not in read_scalars(tmp_path / "eager")
 
 def test_cuda_graphs_need_gradients_that_stay_in_place(monkeypatch):
     modes = []
@@ -542,7 +541,7 @@ def test_accelerate_launch(cifar_dir, tmp_path):
     process = start_python(1, *launch, *flags)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 0, out
-    assert "fc.weight" in load(tmp_path / "run" / "best.pt")["model"]
+    assert "fc.weight" in load(tmp_path / "run" / "last.pt")["model"]
 
 def test_processes_on_the_cpu_see_no_gpu_and_must_know_of_each_other(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
