@@ -16,6 +16,7 @@ import copy
 import pickle
 import signal
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -536,31 +537,57 @@ def compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 # -------------------------------------------------------------------------------- looking at data
 
+def pick_examples(labels: Tensor, count: int) -> list[int]:
+    """Return up to `count` indices of labels (N,), from all classes in turn: the first image of
+    each class, then the second of each."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    return order[turn.argsort(stable=True)][:count].tolist()
+
 def augment_first(data: Data, augment: str, seed: int = 0) -> Tensor:
-    """Return the first 64 training images as epoch 0 may show them, float (N, 3, H, W)."""
+    """Return 64 training images of all classes as epoch 0 may show them, float (N, 3, H, W). They
+    are those of pick_examples."""
     data.train.epoch = None if augment == "none" else 0
-    images, labels = data.train.__getitems__(list(range(min(64, len(data.train)))))
+    images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
     with seeded(seed):
         images = make_transform((0, 0, 0), (1, 1, 1), augment, data.train)(images)
         if augment == "cutmix":
             images, _ = BatchCutMix(len(data.classes))(images, labels)
     return images.clamp(0, 1)
 
+def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """Draw images uint8 (N, 3, H, W), N > 0, in rows of eight with a caption below each: uint8
+    (3, H', W'). Small images are enlarged by a whole number. A caption may have several lines, and
+    is cut at its image's width. Pillow's font has the letters of English alone."""
+    scale = -(-96 // images.shape[-1])
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    font, (height, width) = ImageFont.load_default(size=12), images.shape[-2:]
+    columns, below = min(len(images), 8), 4 + 14 * max(text.count("\n") + 1 for text in captions)
+    rows = -(-len(images) // columns)
+    picture = Image.new("RGB", (columns * (width + 8), rows * (height + below) + 4), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (image, text) in enumerate(zip(images, captions, strict=True)):
+        x, y = 4 + i % columns * (width + 8), 4 + i // columns * (height + below)
+        picture.paste(TF.to_pil_image(image), (x, y))
+        letters = unicodedata.normalize("NFKD", text)  # accents become characters of their own
+        text = "".join(letter for letter in letters if not unicodedata.combining(letter))
+        for row, line in enumerate(text.split("\n")):
+            while font.getlength(line) > width:
+                line = line[:-1]
+            draw.text((x, y + height + 14 * row), line, "black", font)
+    return TF.pil_to_tensor(picture)
+
 def save_grid(data: Data, augment: str, path: Path) -> None:
-    """Draw the first 64 training images with class names: left raw, right augmented."""
-    images, labels = data.train.__getitems__(list(range(min(64, len(data.train)))))
-    halves = images, (augment_first(data, augment) * 255).round().byte()
-    side = max(64, images.shape[-1])
-    width, height = 8 * (side + 8), -(-len(images) // 8) * (side + 18)
-    picture = Image.new("RGB", (2 * width + 24, height + 24), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=10)
+    """Draw 64 training images of all classes with their labels: left raw, right augmented."""
+    images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
+    names = [data.classes[label] for label in labels.tolist()]
+    augmented = (augment_first(data, augment) * 255).round().byte()
+    halves = torch.cat([draw_grid(images, names), draw_grid(augmented, names)], 2)
+    picture = ImageOps.expand(TF.to_pil_image(halves), (0, 20, 0, 0), "white")
     for half, title in enumerate(("as in validation", "augmented")):
-        draw.text((half * (width + 24) + 4, 4), title, "black", ImageFont.load_default(size=14))
-        for i, (image, label) in enumerate(zip(halves[half], labels.tolist())):
-            x, y = half * (width + 24) + 4 + i % 8 * (side + 8), 24 + i // 8 * (side + 18)
-            tile = TF.to_pil_image(image).resize((side, side), Image.Resampling.NEAREST)
-            picture.paste(tile, (x, y))
-            draw.text((x, y + side), data.classes[label][:12], "black", font)
+        place, font = (4 + half * picture.width // 2, 4), ImageFont.load_default(size=14)
+        ImageDraw.Draw(picture).text(place, title, "black", font)
     picture.save(path, "PNG")
 
 def print_stats(data: Data) -> None:

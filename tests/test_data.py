@@ -438,15 +438,30 @@ def run(monkeypatch, capsys):
     return run
 
 @pytest.mark.parametrize("augment", ["slides", "cutmix", "none"])
-def test_grid_draws_the_first_images_raw_and_augmented(run, tmp_path, augment):
+def test_grid_draws_all_classes_raw_and_augmented(run, tmp_path, augment):
     run("--grid", str(tmp_path / "grid.png"), "--augment", augment)
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    images = draw_shapes(300, seed=0).images.numpy().transpose(0, 2, 3, 1)
+    picture, shapes = np.asarray(Image.open(tmp_path / "grid.png")), draw_shapes(300, seed=0)
     for i in (0, 7, 63):
-        expected = images[i].repeat(2, 0).repeat(2, 1)
-        y, x = 24 + i // 8 * 82, 4 + i % 8 * 72
-        raw, augmented = (picture[y : y + 64, x + right : x + right + 64] for right in (0, 600))
+        index = (shapes.labels == i % 10).nonzero()[i // 10, 0]
+        expected = shapes.images[index].numpy().transpose(1, 2, 0).repeat(3, 0).repeat(3, 1)
+        y, x = 24 + i // 8 * 114, 4 + i % 8 * 104
+        raw, augmented = (picture[y : y + 96, x + right : x + right + 96] for right in (0, 832))
         assert (raw == expected).all() and (augmented == expected).all() == (augment == "none")
+
+def test_examples_come_from_all_classes_in_turn():
+    labels = torch.tensor([3, 3, 0, 3, 0, 1])
+    assert data.pick_examples(labels, 4) == [2, 5, 0, 4]
+    assert data.pick_examples(labels, 9) == [2, 5, 0, 4, 1, 3]
+
+def test_captions_are_below_their_images_and_cut_at_their_width():
+    images = torch.zeros(9, 3, 40, 50, dtype=torch.uint8)
+    texts = "\n", "\u00ef" * 99 + "\n" + "W" * 99, "i" * 99 + "\n" + "W" * 99
+    blank, named, plain = (data.draw_grid(images, [text] * 8 + [""]) for text in texts)
+    assert blank.shape == (3, 4 + 2 * (80 + 4 + 14 * 2), 8 * (100 + 8))
+    assert torch.equal(named, plain)
+    changed = (blank != named).any(0)
+    assert changed.sum() > 500 and not changed[:84].any() and not changed[112:].any()
+    assert not changed.reshape(228, 8, 108)[:, :, 104:].any()
 
 def test_stats_are_what_numpy_finds(run):
     output = run("--stats")
