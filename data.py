@@ -13,6 +13,7 @@ from (seed, epoch, step, shard). A run can therefore continue at any step.
 import argparse
 import contextlib
 import copy
+import os
 import pickle
 import signal
 import sys
@@ -82,6 +83,19 @@ def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the batch that __getitems__ made. A data worker moves it to shared memory here, since
     PyTorch does so in a thread, where nobody sees the error if /dev/shm is full."""
     return tuple(part.share_memory_() for part in batch) if get_worker_info() else batch
+
+def count_cores() -> int:
+    """Return how many CPU cores this process may use: its share, if there are several here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+def parse_workers(text: str) -> int | None:
+    """Return the number of --workers, or None for "auto"."""
+    return None if text == "auto" else int(text)
+
+def choose_workers(workers: int | None, images: Dataset) -> int:
+    """Return `workers`, or by default none for images in memory and one a core for a folder's."""
+    return workers if workers is not None else count_cores() if isinstance(images, FolderSet) else 0
 
 def ignore_signals(worker_id: int) -> None:
     """Leave SIGTERM and Ctrl-C to the main process, which has a step to finish and to save."""

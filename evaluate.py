@@ -1,35 +1,41 @@
 """Evaluate a checkpoint: loss and top-1 and top-5 error of a dataset, or predictions for images.
 
     python evaluate.py runs/NAME/best.pt                     # test set of the checkpoint's dataset
-    python evaluate.py runs/NAME/best.pt --split val --json  # or --tta: averaged over mirror images
-    python evaluate.py runs/NAME/best.pt cat.jpg dog.png     # the most probable classes of images
+    python evaluate.py runs/NAME/best.pt --split val --report DIR  # pictures, mistakes, report.json
+    python evaluate.py runs/NAME/best.pt cat.jpg photos/     # the most probable classes of images
 
 Network, classes, image size and normalisation come from the checkpoint. JSON has fractions.
 """
 
 import argparse
 import contextlib
+import csv
 import io
+import itertools
 import json
 import math
 import pickle
 import sys
+import unicodedata
 import zipfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from data import CENTRE_RATIO, DATASETS, Data, FolderSet, ImageSet, centre_crop, collate
-from data import ignore_signals, load_data, make_transform, read_image
-from fishnet import UserError, create_model
+from data import CENTRE_RATIO, DATASETS, IMAGE_SUFFIXES, Data, FolderSet, ImageSet, centre_crop
+from data import choose_workers, collate, draw_grid, ignore_signals, load_data, make_transform
+from data import parse_workers, read_image
+from fishnet import FishNet, ResNet, UserError, create_model, max_pool
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -84,15 +90,19 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint of this version of train.py")
     return checkpoint
 
-def load_model(checkpoint: dict, allowed: str | None = None) -> nn.Module:
-    """Return the network of a checkpoint. MODULE:FUNCTION is code that would run, so a checkpoint
-    may name it only if it is `allowed`. Raises UserError if it is not, or if weights do not fit."""
+def load_model(checkpoint: dict, path: str | Path, allowed: str | None = None) -> nn.Module:
+    """Return a checkpoint's network, with the attributes classes, mean, std and input_size (the
+    arguments of centre_crop). MODULE:FUNCTION is code that would run, so a checkpoint may name it
+    only if it is `allowed`. Raises UserError if it is not, or if weights do not fit."""
     name = checkpoint["name"]
     if ":" in name and name != allowed:
-        raise UserError(f"this checkpoint needs code of {name}: give --model {name} to run it")
+        raise UserError(f"{path}: needs code of {name}: give --model {name} to run it")
     model = create_model(name, **checkpoint["config"])
-    check_weights(model, checkpoint["model"], "checkpoint")
+    check_weights(model, checkpoint["model"], path)
     model.load_state_dict(checkpoint["model"])
+    model.classes, model.mean, model.std = (checkpoint[key] for key in ("classes", "mean", "std"))
+    is_folder = checkpoint["args"]["dataset"] == "folder"  # CIFAR and shapes are seen whole
+    model.input_size = (checkpoint["args"]["image_size"], CENTRE_RATIO) if is_folder else (32, 1.0)
     return model
 
 def load_pretrained(model: nn.Module, path: str | Path) -> str:
@@ -115,55 +125,84 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
 
 # ------------------------------------------------------------------------------------- evaluation
 
+@contextlib.contextmanager
+def raise_on_all() -> Iterator[None]:
+    """Raise on every process the UserError or OSError that the block raises on one of them."""
+    error = None
+    try:
+        yield
+    except (UserError, OSError) as raised:
+        error = raised
+    if errors := [found for found in gather_object([error]) if found]:
+        raise errors[0]
+
+def load_on_all(accelerator: Accelerator, *options: object) -> Data:
+    """Call load_data on every process, first on one of each machine, which may have to download.
+    Raises UserError on all if it fails on one."""
+    for is_main in (True, False):
+        with raise_on_all():
+            if accelerator.is_local_main_process == is_main:
+                data = load_data(*options)
+    return data
+
 @dataclass(frozen=True)
 class Metrics:
-    """Mean cross entropy, errors as fractions, and error and number of images of each class."""
-    loss: float
+    """Results on N images. Errors are fractions; top-5 means all classes if there are fewer."""
+    loss: float  # mean cross entropy
     top1_error: float
     top5_error: float
-    images: int
-    class_errors: tuple[float, ...]
-    class_images: tuple[int, ...]
+    confusion: Tensor  # int64 (classes, classes): images by true class (row) and predicted class
+    predicted: Tensor  # int64 (N,): the most probable class of each image
+    probability: Tensor  # float64 (N,): the probability of that class
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | FolderSet,
-             transform: v2.Compose, num_classes: int, batch_size: int = 256,
-             workers: int = 0) -> Metrics:  # fmt: skip
-    """Return the metrics of a model on a set of images, the same on every process. Each process
-    takes every n-th image and the results are gathered, so every image counts once. `batch_size` is
-    a process's. With fewer than five classes, top-5 means all of them."""
+             transform: v2.Compose, num_classes: int, batch_size: int = 256, workers: int = 0,
+             tta: bool = False) -> Metrics:  # fmt: skip
+    """Return a model's metrics on a set of images, the same on every process. Each process takes
+    every n-th image, in batches of batch_size, and their results are gathered: each counts once."""
     model = accelerator.unwrap_model(model)  # DDP would wait for processes with more batches
-    share = Subset(images, range(accelerator.process_index, len(images), accelerator.num_processes))
-    results = [torch.empty(4, 0, device=accelerator.device)]  # label, loss, top-1 and top-5 hit
+    total, n = len(images), accelerator.num_processes
+    shares = [torch.arange(total)[i::n] for i in range(n)]
+    results = [torch.empty(5, 0, device=accelerator.device)]
     with in_evaluation(model):
-        loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate,
+        loader = DataLoader(Subset(images, shares[accelerator.process_index].tolist()), batch_size,
+                            num_workers=workers, collate_fn=collate,
                             worker_init_fn=ignore_signals)  # fmt: skip
         for batch, labels in loader:
-            logits = compute_logits(accelerator, model, batch, transform)
+            with accelerator.autocast():
+                logits = compute_logits(model, batch.to(accelerator.device), transform, tta)
             labels = labels.to(accelerator.device)
             losses = F.cross_entropy(logits, labels, reduction="none")
-            hits = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (N, 5)
-            results.append(torch.stack([labels, losses, hits[:, 0], hits.any(1)]))
-    results = gather_object([torch.cat(results, dim=1).cpu()])
-    labels, losses, top1, top5 = torch.cat(results, dim=1).double()
-    assert len(labels) == len(images), f"{len(labels)} images counted of {len(images)}"
-    class_images = labels.long().bincount(minlength=num_classes)
-    class_misses = labels.long().bincount(1 - top1, minlength=num_classes)
-    return Metrics(
-        loss=losses.mean().item(),
-        top1_error=(1 - top1).sum().item() / len(labels),
-        top5_error=(1 - top5).sum().item() / len(labels),
-        images=len(labels),
-        class_errors=tuple((class_misses / class_images.clamp(min=1)).tolist()),
-        class_images=tuple(class_images.tolist()),
-    )
+            top = logits.topk(min(5, num_classes)).indices  # (N, 5)
+            probability = logits.softmax(1).gather(1, top[:, :1])[:, 0]
+            in_top5 = (top == labels[:, None]).any(1)
+            results.append(torch.stack([labels, losses, in_top5, top[:, 0], probability]))
+    results = torch.cat(gather_object([torch.cat(results, dim=1).cpu()]), dim=1).double()
+    assert results.shape[1] == total, f"{results.shape[1]} images counted of {total}"
+    labels, losses, in_top5, predicted, probability = results[:, torch.cat(shares).argsort()]
+    cells = (labels * num_classes + predicted).long().bincount(minlength=num_classes**2)
+    errors = (labels != predicted).sum().item() / total, (1 - in_top5).sum().item() / total
+    confusion = cells.view(num_classes, num_classes)
+    return Metrics(losses.mean().item(), *errors, confusion, predicted.long(), probability)
 
-def compute_logits(accelerator: Accelerator, model: nn.Module, images: Tensor,
-                   transform: v2.Compose) -> Tensor:  # fmt: skip
-    """Return logits, float32 (N, classes) on the device, of images uint8 (N, 3, H, W)."""
-    images = transform(images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast():
-        return model.forward(images).float()  # model(images) would compile for each batch size
+def summarize(m: Metrics, classes: Sequence[str]) -> dict:
+    """Return the metrics as numbers, and as dicts by class. A fraction of no images is 0."""
+    hits, true, found = m.confusion.diag().double(), m.confusion.sum(1), m.confusion.sum(0)
+    by_class = {
+        "class_errors": (true - hits) / true.clamp(min=1), "class_images": true,
+        "precision": hits / found.clamp(min=1), "recall": hits / true.clamp(min=1),
+        "f1": 2 * hits / (true + found).clamp(min=1),
+    }  # fmt: skip
+    numbers = {name: getattr(m, name) for name in ("loss", "top1_error", "top5_error")}
+    tables = {name: dict(zip(classes, values.tolist())) for name, values in by_class.items()}
+    return numbers | {"images": len(m.predicted)} | tables
+
+def compute_logits(model: nn.Module, images: Tensor, transform: v2.Compose, tta: bool) -> Tensor:
+    """Return logits float32 (N, classes) of uint8 (N, 3, H, W), with `tta` averaged over flips."""
+    x = transform(images).contiguous(memory_format=torch.channels_last)
+    logits = model.forward(x).float()  # model(x) would compile for each batch size
+    return (logits + model.forward(x.flip(3)).float()) / 2 if tta else logits
 
 @contextlib.contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
@@ -176,42 +215,192 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-class FlipAveraged(nn.Module):
-    """Average a model's logits over each image and its mirror image."""
+# ------------------------------------------------------------------------------------- prediction
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.model(x).float() + self.model(x.flip(3)).float()) / 2
+def read_images(paths: Iterable[str | Path], faults: list) -> Iterator[tuple[str, Tensor]]:
+    """Yield (file, image) for files, and for the images in folders and below, sorted, without names
+    that begin with a dot. UserErrors go to `faults`."""
+    for path in map(Path, paths):
+        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        shown = [p for p in below if "/." not in f"/{p.relative_to(path).as_posix()}"]
+        for file in shown or [path]:
+            try:
+                yield str(file), read_image(file)
+            except UserError as error:
+                faults.append(error)
 
 @torch.no_grad()
-def predict(accelerator: Accelerator, model: nn.Module, image: Tensor, transform: v2.Compose,
-            classes: list[str]) -> list[tuple[str, float]]:  # fmt: skip
-    """Return the five most probable classes of an image uint8 (3, H, W), with probabilities."""
+def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path], tta: bool = False,
+            batch_size: int = 64, faults: list | None = None) -> list[tuple]:  # fmt: skip
+    """Return (image, [(class, probability), ...]) for each image, its five most probable classes.
+    `model` is a checkpoint's path, or comes from load_model. `images` are paths of files and
+    folders, or uint8 (N, 3, H, W), named by index. A file that cannot be read is left out: its
+    UserError goes to `faults`, or is raised at the end. `tta` averages over mirror images."""
+    if not isinstance(model, nn.Module):
+        model = load_model(load_checkpoint(model), model)
+        model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device, transform = next(model.parameters()).device, make_transform(model.mean, model.std)
+    results, errors = [], [] if faults is None else faults
+    named = enumerate(images) if isinstance(images, Tensor) else read_images(images, errors)
+    crops = ((name, centre_crop(image, *model.input_size)) for name, image in named)
     with in_evaluation(model):
-        probabilities = compute_logits(accelerator, model, image[None], transform)[0].softmax(0)
-    top = probabilities.topk(min(5, len(classes)))
-    return [(classes[label], p) for label, p in zip(top.indices.tolist(), top.values.tolist())]
+        while batch := list(itertools.islice(crops, batch_size)):
+            names, batch = zip(*batch)
+            logits = compute_logits(model, torch.stack(batch).to(device), transform, tta)
+            top = logits.softmax(1).topk(min(5, len(model.classes)))
+            for name, labels, values in zip(names, top.indices.tolist(), top.values.tolist()):
+                results.append((name, [(model.classes[i], p) for i, p in zip(labels, values)]))
+    if errors and faults is None:
+        raise errors[0]
+    return results
+
+# --------------------------------------------------------------------------------------- pictures
+
+def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Tensor:
+    """Draw a confusion matrix, int64 (classes, classes) with a row for each true class: uint8
+    (3, H, W). The colour of a cell shows its part of the row; up to 20 classes have numbers."""
+    names = [unicodedata.normalize("NFKD", n).encode("ascii", "ignore").decode() for n in classes]
+    names = [name if len(name) < 25 else f"{name[:13]}...{name[-8:]}" for name in names]
+    count, total, wrong = len(classes), int(matrix.sum()), int(matrix.sum() - matrix.trace())
+    cell = max(1, min(60, 1100 // count))
+    font, small = (ImageFont.load_default(size) for size in (14, min(14, max(10, cell - 1))))
+    left, top, side = 16 + int(max(map(small.getlength, [*names, "true class"]))), 60, cell * count
+    part = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).sqrt()  # the root shows small parts
+    cells = Image.fromarray((255 * part).byte().numpy()).resize((side, side), Image.Resampling.BOX)
+    scale = ImageOps.flip(Image.linear_gradient("L")).resize((16, side))
+    picture = Image.new("RGB", (left + side + 130, top + side + left + 20), "white")
+    for image, x in ((cells, left), (scale, left + side + 24)):
+        picture.paste(ImageOps.colorize(image, "#f0f6fc", "#08306b"), (x, top))
+    for x, y, turn in ((left, top, "ROTATE_270"), (left + 20, left, "ROTATE_90")):
+        for i in range(0, count, -(-11 // cell)):  # names of rows, then those of columns
+            ImageDraw.Draw(picture).text((x - 6, y + (i + 0.5) * cell), names[i], 0, small, "rm")
+        picture = picture.transpose(Image.Transpose[turn])
+    title = f"{total} images, {wrong} wrong ({wrong / max(total, 1):.2%})"
+    texts = [(left, 24, title, "ls"), (left - 6, top - 14, "true class", "rs")]
+    texts += [(left + side / 2, picture.height - 4, "predicted class", "ms")]
+    texts += [(left + side + 24, top - 14, "% of true class", "ls")]
+    for percent in (0, 1, 5, 20, 50, 100):
+        texts.append((left + side + 46, top + side * (1 - percent**0.5 / 10), str(percent), "lm"))
+    for row, column in matrix.nonzero().tolist() if count <= 20 else ():
+        x, y = left + (column + 0.5) * cell, top + (row + 0.5) * cell
+        texts.append((x, y, str(int(matrix[row, column])), "mm"))
+    for x, y, text, anchor in texts:
+        colour = "white" if sum(picture.getpixel((int(x), int(y)))) < 400 else "black"
+        ImageDraw.Draw(picture).text((x, y), text, colour, font, anchor)
+    return TF.pil_to_tensor(picture)
+
+def draw_curves(path: Path) -> Tensor:
+    """Draw loss and top-1 error by epoch, from a metrics.csv: uint8 (3, H, W)."""
+    rows = list(csv.DictReader(path.read_text("utf-8").splitlines()))
+    picture, font = Image.new("RGB", (2300, 820), "white"), ImageFont.load_default(26)
+    draw, width, height, bottom = ImageDraw.Draw(picture), 960, 620, 700
+    panels = (100, "loss", "loss", 1), (1260, "top1_error", "top-1 error, %", 100)
+    for left, name, title, factor in panels:
+        keys = (f"train_{name}", f"val_{name}")  # an epoch may lack a validation
+        lines = [[(int(r["epoch"]), factor * float(r[k])) for r in rows if r.get(k)] for k in keys]
+        x_end, y_end = (max(values) for values in zip(*lines[0], *lines[1]))
+        unit = 10.0 ** math.floor(math.log10(max(y_end, 1e-9)))
+        y_end = unit * math.ceil(y_end / unit)
+        draw.text((left, 46), f"{title}: training as circles, validation as a line", 0, font, "ls")
+        for epoch in (1, x_end):
+            draw.text((left + width * epoch / x_end, bottom + 42), f"epoch {epoch}", 0, font, "ms")
+        for part in (0, 0.25, 0.5, 0.75, 1):
+            y = bottom - height * part
+            draw.line((left, y, left + width, y), "#d8d8d8", 2)
+            draw.text((left - 12, y), f"{y_end * part:g}", 0, font, "rm")
+        for line, radius, fill in zip(lines, (8, 5), ("white", "#08306b")):
+            places = [(left + width * x / x_end, bottom - height * y / y_end) for x, y in line]
+            draw.line(places if radius == 5 else [], fill, 5)
+            for place in places:
+                draw.circle(place, radius, fill, "#08306b", 3)
+    return TF.pil_to_tensor(picture.reduce(2))  # drawn at twice the size, for smooth lines
+
+def paint(features: Tensor, grey: Tensor) -> Image.Image:
+    """Return a picture of a map (C, h, w): the first three principal components over its pixels as
+    brightness and two colours, with signs that follow the grey image (H, W)."""
+    x = (features - features.mean((1, 2), keepdim=True)).flatten(1)  # (C, h w)
+    y = x.T @ torch.linalg.svd(x, full_matrices=False).U[:, :3]  # (h w, 3)
+    grey = F.interpolate(grey[None, None], size=features.shape[1:], mode="area").flatten()
+    y = y * torch.where((grey - grey.mean()) @ y < 0, -1, 1)
+    low, high = y.quantile(torch.tensor([0.02, 0.98]), dim=0)  # a few pixels would hide the rest
+    y = ((y - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) - 0.5
+    y = (128 + y * torch.tensor([230, 130, 130])).byte().view(*features.shape[1:], 3)
+    return Image.fromarray(y.numpy(), "YCbCr").convert("RGB")
+
+@torch.no_grad()
+def draw_features(model: nn.Module, image: Tensor) -> Tensor:
+    """Draw what tail, body and head make of an image uint8 (3, S, S), with a row for each
+    resolution: uint8 (3, H, W). Raises UserError if the model is not of fishnet.py."""
+    if not isinstance(model, (FishNet, ResNet)):
+        raise UserError("--features works for the networks of fishnet.py only")
+    x = make_transform(model.mean, model.std)(image[None].to(next(model.parameters()).device))
+    with in_evaluation(model):
+        y, maps = model.stem(x), {}
+        for stage in ("t1", "t2", "t3", "t4"):
+            y = maps[stage.upper()] = getattr(model, stage)(max_pool(y) if maps else y)
+        if isinstance(model, FishNet):
+            maps |= model.forward_features(x, ("B4", "B3", "B2", "H1", "H2", "H3", "H4"))
+    side = maps["T1"].shape[-1] * -(-144 // maps["T1"].shape[-1])  # of a tile
+    step, tiles, places = side + 28, {"image": TF.to_pil_image(image)}, [(12, 12)]
+    for i, (name, (y,)) in enumerate(maps.items()):
+        title = f"{name}: {' x '.join(map(str, y.shape))}"
+        tiles[title] = paint(y.float().cpu(), image.float().mean(0))
+        column, row = 1.3 + (i + (i > 3)) / 2, i if i < 4 else abs(7 - i)
+        places.append((12 + int(column * step), 12 + row * step))
+    picture = Image.new("RGB", (max(places)[0] + side + 12, 4 * step + 12), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    draw.line([(x + side // 2, y + side // 2) for x, y in places], "#b0b8c4", 8)
+    for (x, y), (title, tile) in zip(places, tiles.items()):
+        picture.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + side + 18), title, 0, font, "ls", stroke_width=4, stroke_fill="white")
+    return TF.pil_to_tensor(picture)
+
+def write_file(path: Path, content: bytes | Tensor) -> None:
+    """Write bytes, or a picture uint8 (3, H, W) as PNG."""
+    path = path.expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        TF.to_pil_image(content).save(path, "PNG")
+
+def write_table(path: Path, rows: Iterable[Sequence]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
+
+def write_report(args: argparse.Namespace, m: Metrics, images: ImageSet | FolderSet,
+                 classes: Sequence[str]) -> None:  # fmt: skip
+    """Write pictures, report.json, and predictions.csv with the surest mistakes first."""
+    rows, captions, is_wrong = [], [], m.predicted != images.labels
+    order = (is_wrong * (1 + m.probability)).argsort(descending=True, stable=True).tolist()
+    for i in order:
+        name = images.samples[i][0] if isinstance(images, FolderSet) else str(i)
+        true, found, p = classes[images.labels[i]], classes[m.predicted[i]], m.probability[i].item()
+        rows.append((name, true, found, round(p, 6)))
+        captions.append(f"{Path(name).name}\ntrue: {true}\n{p:.1%} {found}")
+    header = ("image", "true class", "predicted class", "probability")
+    write_table(args.report / "predictions.csv", [header, *rows])
+    report = summarize(m, classes) | {"tta": args.tta, "confusion": m.confusion.tolist()}
+    write_file(args.report / "report.json", json.dumps(report, indent=1).encode())
+    write_file(args.report / "confusion.png", draw_confusion(m.confusion, classes))
+    if count := min(48, int(is_wrong.sum())):
+        grid = draw_grid(images.__getitems__(order[:count])[0], captions[:count])
+        write_file(args.report / "mistakes.png", grid)
+    if (curves := Path(args.checkpoint).expanduser().with_name("metrics.csv")).exists():
+        write_file(args.report / "curves.png", draw_curves(curves))
 
 # ----------------------------------------------------------------------------------- command line
 
-def get_input_size(checkpoint: dict) -> tuple[int, float]:
-    """Return the arguments size and ratio of centre_crop for a checkpoint's images."""
-    if checkpoint["args"]["dataset"] == "folder":
-        return checkpoint["args"]["image_size"], CENTRE_RATIO
-    return 32, 1.0  # CIFAR and shapes are seen whole
-
-def load_split(args: argparse.Namespace, checkpoint: dict, accelerator: Accelerator) -> Data:
+def load_split(args: argparse.Namespace, checkpoint: dict, accelerator: Accelerator, size: int,
+               ratio: float) -> Data:  # fmt: skip
     """Load the dataset of the flags or of the checkpoint. Raises UserError if it does not fit."""
     trained = checkpoint["args"]
     dataset, data_dir = args.dataset or trained["dataset"], args.data_dir or trained["data_dir"]
-    size, ratio = get_input_size(checkpoint)
     if dataset != "folder" and size != 32:
         raise UserError(f"dataset={dataset}: 32 x 32 pixels, but the network takes {size} x {size}")
-    with accelerator.local_main_process_first():  # one process downloads
-        data = load_data(dataset, data_dir, trained["val_fraction"], trained["seed"], size, ratio)
+    options = (data_dir, trained["val_fraction"], trained["seed"], size, ratio)
+    data = load_on_all(accelerator, dataset, *options)
     if list(data.classes) != checkpoint["classes"]:
         raise UserError(f"dataset={dataset}: has other classes than {args.checkpoint}")
     images = {"train": len(data.train), "val": len(data.val)}
@@ -221,71 +410,95 @@ def load_split(args: argparse.Namespace, checkpoint: dict, accelerator: Accelera
         raise UserError(f"split={args.split}: has no images in {data_dir}; give another --split")
     return data
 
-def predict_files(args: argparse.Namespace, checkpoint: dict, accelerator: Accelerator,
-                  model: nn.Module, transform: v2.Compose) -> int:  # fmt: skip
-    """Print the most probable classes of each file; return 1 if one is not an image, else 0."""
-    predictions = []
-    for file in args.files:
-        try:
-            image = centre_crop(read_image(file), *get_input_size(checkpoint))
-        except UserError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-            continue
-        top = predict(accelerator, model, image, transform, checkpoint["classes"])
-        predictions.append({"file": file, "top": [{"class": c, "probability": p} for c, p in top]})
-        if not args.json:
-            accelerator.print(file, *(f"  {p:7.2%}  {name:.68}" for name, p in top), sep="\n")
+def predict_files(args: argparse.Namespace, model: nn.Module) -> int:
+    """Print predictions, and write what the flags ask for; return 1 if a file is unreadable."""
+    faults = []
+    results = predict(model, args.files, args.tta, args.batch_size, faults)
+    for error in faults:
+        print(f"evaluate.py: {error}", file=sys.stderr)
     if args.json:
-        accelerator.print(json.dumps({"predictions": predictions}))
-    return int(len(predictions) < len(args.files))
+        top = [[{"class": name, "probability": p} for name, p in top] for _, top in results]
+        rows = [{"file": file, "top": top} for (file, _), top in zip(results, top)]
+        print(json.dumps({"predictions": rows}))
+    for file, top in () if args.json else results:
+        print(file, *(f"  {p:7.2%}  {name:.68}" for name, p in top), sep="\n")
+    if args.csv:
+        header = ("image", "predicted class", "probability")
+        write_table(args.csv, [header, *((file, *top[0]) for file, top in results)])
+    for i, (file, top) in enumerate(results if args.save else (), 1):
+        image = TF.resize(read_image(file), None, max_size=512, antialias=True)
+        grid = draw_grid(image[None], ["\n".join(f"{p:.1%} {name}" for name, p in top)])
+        write_file(args.save / f"{i:05} {Path(file).stem}.png", grid)
+    if args.features and results:
+        image = centre_crop(read_image(results[0][0]), *model.input_size)
+        write_file(args.features, draw_features(model, image))
+    return int(bool(faults))
 
-def print_metrics(m: Metrics, args: argparse.Namespace, name: str, classes: tuple[str]) -> None:
-    """Print one JSON object, or a table."""
+def print_metrics(m: Metrics, args: argparse.Namespace, name: str, classes: Sequence[str]) -> None:
+    """Print one JSON object, or a table and which two classes are confused most often."""
+    summary, width = summarize(m, classes), max(5, min(40, max(map(len, classes))))
     if args.json:
-        by_class = {k: dict(zip(classes, getattr(m, k))) for k in ("class_errors", "class_images")}
-        print(json.dumps(asdict(m) | by_class | {"tta": args.tta}))
+        print(json.dumps(summary | {"tta": args.tta}))
         return
-    print(f"{name} on {m.images} {args.split} images{', averaged over flips' if args.tta else ''}")
-    print(f"loss {m.loss:.4f}   top-1 error {m.top1_error:.2%}   top-5 error {m.top5_error:.2%}")
-    width = min(56, max(map(len, classes)))
-    for name, error, count in zip(classes, m.class_errors, m.class_images):
-        print(f"  {name:<{width}.{width}} {error:7.2%}  of {count}")
+    print(f"{name} on {len(m.predicted)} {args.split} images{', averaged over flips' * args.tta}")
+    top5 = f"   top-5 error {m.top5_error:.2%}" if len(classes) > 5 else ""
+    print(f"loss {m.loss:.4f}   top-1 error {m.top1_error:.2%}{top5}")
+    print(f"  {'class':<{width}}    error  precision   recall   images")
+    keys = ("class_errors", "precision", "recall", "class_images")
+    for name in classes:
+        error, precision, recall, n = (summary[key][name] for key in keys)
+        print(f"  {name:<{width}.{width}}  {error:7.2%}  {precision:9.2%}  {recall:7.2%}  {n:7}")
+    mistakes = m.confusion - m.confusion.diag().diag()
+    pair = divmod(int((mistakes + mistakes.T).argmax()), len(classes))
+    for true, found in (pair, pair[::-1]):
+        if count := mistakes[true, found].item():
+            print(f"{count:7} x {classes[true]:.30} taken for {classes[found]:.30}")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint, or predict images.")
     parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
-    parser.add_argument("files", nargs="*", metavar="image", help="predict these, evaluate nothing")
+    parser.add_argument("files", nargs="*", metavar="image", help="files and folders to predict")
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="allow this code to run")
     parser.add_argument("--dataset", choices=DATASETS, help="default: the one it was trained on")
     parser.add_argument("--data-dir", help="default: as in training")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="default: test")
+    parser.add_argument("--split", choices=("test", "val", "train"), default="test")
     parser.add_argument("-b", "--batch-size", type=int, default=256, help="of each process")
-    parser.add_argument("-j", "--workers", type=int, default=0, help="processes that read data")
+    parser.add_argument("-j", "--workers", type=parse_workers, default="auto", help="see train.py")
     parser.add_argument("--tta", action="store_true", help="average over each image's mirror image")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write pictures and tables")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table of the images")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write the images with classes")
+    parser.add_argument("--features", type=Path, metavar="PNG", help="draw maps of an image")
     args = parser.parse_intermixed_args()  # a flag may stand before the images
-    if args.batch_size < 1 or args.workers < 0:
+    if args.batch_size < 1 or (args.workers or 0) < 0:
         parser.error("expected --batch-size of at least 1 and --workers of at least 0")
+    if args.report if args.files else args.csv or args.save or args.features:
+        parser.error("--csv, --save and --features need images, and --report none")
     return args
 
 def main() -> None:
-    from train import prepare_machine, report_failures  # late: train.py imports this file
+    from train import prepare_machine, report_failures  # late, because train.py imports this file
 
     args = parse_args()
     with report_failures("evaluate.py"):
         accelerator = prepare_machine("no")
-        checkpoint = load_checkpoint(args.checkpoint)
-        model = load_model(checkpoint, args.model)
+        with raise_on_all():
+            checkpoint = load_checkpoint(args.checkpoint) if accelerator.is_main_process else None
+        (checkpoint,) = broadcast_object_list([checkpoint])
+        model = load_model(checkpoint, args.checkpoint, args.model)
         model = model.to(accelerator.device, memory_format=torch.channels_last)
-        model = FlipAveraged(model) if args.tta else model
-        transform = make_transform(checkpoint["mean"], checkpoint["std"])
         if args.files:
-            sys.exit(predict_files(args, checkpoint, accelerator, model, transform))
-        data = load_split(args, checkpoint, accelerator)
-        images, options = getattr(data, args.split), (args.batch_size, args.workers)
-        metrics = evaluate(accelerator, model, images, transform, len(data.classes), *options)
+            sys.exit(predict_files(args, model) if accelerator.is_main_process else 0)
+        data = load_split(args, checkpoint, accelerator, *model.input_size)
+        images, transform = getattr(data, args.split), make_transform(model.mean, model.std)
+        workers = choose_workers(args.workers, images)
+        options = len(data.classes), args.batch_size, workers, args.tta
+        metrics = evaluate(accelerator, model, images, transform, *options)
         if not math.isfinite(metrics.loss):
             raise UserError(f"{args.checkpoint}: its outputs are not finite")
+        if args.report and accelerator.is_main_process:
+            write_report(args, metrics, images, data.classes)
     if accelerator.is_main_process:
         print_metrics(metrics, args, checkpoint["name"], data.classes)
     accelerator.end_training()

@@ -37,28 +37,30 @@ from accelerate.utils import parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_first, collate
-from data import ignore_signals, load_data, make_transform, seeded
-from evaluate import CHECKPOINT_FORMAT, DamagedFileError, check_weights, evaluate
-from evaluate import load_checkpoint, load_pretrained
+from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_first
+from data import choose_workers, collate, count_cores, draw_grid, ignore_signals
+from data import make_transform, parse_workers, pick_examples, seeded
+from evaluate import CHECKPOINT_FORMAT, DamagedFileError, Metrics, check_weights, draw_confusion
+from evaluate import evaluate, load_checkpoint, load_on_all, load_pretrained, raise_on_all
 from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, zero_init_last
 
 # A recipe is a set of defaults, which flags override.
 BASELINE = dict(  # the slides' experiment
     dataset="cifar10", model="fishnet99", model_args={}, val_fraction=0.2, augment="slides",
     epochs=100, batch_size=256, opt="adam", lr=1e-2, weight_decay=1e-4, sched="step",
-    warmup_epochs=0, smoothing=0.0, patience=20, zero_init_last=False,
+    warmup_epochs=0, smoothing=0.0, patience=20, zero_init_last=False, mixed_precision=None,
 )  # fmt: skip
 STRONG = BASELINE | dict(
     # Without final_norm the pooled features are so large that SGD diverges at high rates.
     model_args={"final_norm": True}, val_fraction=0.1, augment="standard", epochs=30, opt="muon",
     lr=0.05, weight_decay=0.01, sched="cosine", warmup_epochs=2, smoothing=0.1, patience=0,
-    zero_init_last=True,
+    zero_init_last=True, mixed_precision="auto",
 )  # fmt: skip
 DEMO = STRONG | dict(
     dataset="shapes", model="fishnet_tiny", model_args={}, val_fraction=0.2, augment="none",
-    epochs=5, batch_size=64, warmup_epochs=0.5, smoothing=0.0,
+    epochs=3, batch_size=64, warmup_epochs=0.5, smoothing=0.0,
 )  # fmt: skip
 RECIPES = {"baseline": BASELINE, "strong": STRONG, "demo": DEMO}
 
@@ -67,6 +69,8 @@ FREE = (
     "recipe", "data_dir", "workers", "model_args", "pretrained", "max_steps", "patience", "compile",
     "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override", "log_every",
 )  # fmt: skip
+# The processes of a run may differ in these flags; in others they would wait for one another.
+OWN = ("data_dir", "workers", "pretrained")
 
 def parse_field(text: str) -> tuple[str, object]:
     """Split FIELD=VALUE; a value in Python's notation becomes that value, others stay words."""
@@ -86,7 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, help="side of a folder's crops, 224 if not given")
     add("--val-fraction", type=float, help="part of the training images kept for validation")
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
-    add("-j", "--workers", type=int, default=0, help="processes that read data; 0: the main one")
+    add("-j", "--workers", type=parse_workers, default="auto", help="processes that read data; "
+        "auto: none for data in memory, one a core for a folder")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
     add("--model-args", nargs="+", action="extend", type=parse_field, default=[],
         metavar="FIELD=VALUE", help="fields of FishNetConfig, such as k=4, or FUNCTION's arguments")
@@ -94,7 +99,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--epochs", type=int, help="to train, and the length of the learning rate schedule")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
-    add("-b", "--batch-size", type=int, help="over all processes and accumulated parts")
+    add("-b", "--batch-size", type=int, help="over all processes and accumulated parts; "
+        "if not given, the recipe's, or less for few images")
     add("--grad-accum-steps", type=int, default=1, help="parts of a batch, to save memory")
     add("--opt", choices=("adam", "adamw", "sgd", "muon"), help="sgd, muon: Nesterov momentum 0.9")
     add("--lr", type=float, help="peak learning rate")
@@ -106,7 +112,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: no limit")
     add("--patience", type=int, help="stop after so many epochs without a lower val loss")
     add("--seed", type=int, default=0, help="of weights, split, order and augmentation")
-    add("--mixed-precision", choices=("no", "tf32", "fp16", "bf16"), help="or as launched")
+    add("--mixed-precision", choices=("auto", "no", "tf32", "fp16", "bf16"),
+        help="auto: bf16 where the hardware multiplies in it; None: as launched")
     add("--compile", action="store_true", help="use torch.compile; the first step takes minutes")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--output-dir", type=path, help="runs/<model>-<dataset>-<time> if not given")
@@ -116,6 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=int, default=10, help="steps between checks, and TensorBoard's points")
     recipe = dict(RECIPES[first.parse_known_args(argv)[0].recipe])
     fields = recipe.pop("model_args")
+    del recipe["batch_size"]  # choose_batch_size needs to know whether it was given
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     if args.dataset == "folder" and args.image_size is None:
@@ -131,10 +139,7 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if type(value) in (int, float) and not int(name in positive) <= value < 2**63:
             expected = f"expected a finite number of at least {int(name in positive)}"
             raise UserError(f"{name.replace('_', '-')}={value}: {expected}")
-    parts = accelerator.num_processes * args.grad_accum_steps
     for name, is_wrong, expected in (
-        ("batch_size", args.batch_size % parts or args.batch_size < 2 * parts,
-         f"expected {parts} parts of at least 2 images, for batch norm"),
         ("smoothing", args.smoothing >= 1, "expected less than 1"),
         ("image_size", args.image_size is not None and args.dataset != "folder",
          "works with --dataset folder only"),
@@ -145,6 +150,37 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
     ):  # fmt: skip
         if is_wrong:
             raise UserError(f"{name.replace('_', '-')}={getattr(args, name)}: {expected}")
+
+def choose_batch_size(args: argparse.Namespace, images: int, parts: int) -> int:
+    """Return --batch-size, or else the recipe's, halved until an epoch has ten steps. Raises
+    UserError if it does not consist of `parts` of two or more images, as batch norm needs."""
+    size, least = args.batch_size or RECIPES[args.recipe]["batch_size"], max(8, 2 * parts)
+    is_free = args.batch_size is None
+    while is_free and images < 10 * size and size >= 2 * least and size % (2 * parts) == 0:
+        size //= 2
+    if size % parts or size < 2 * parts:
+        expected = f"expected {parts} parts of at least 2 images, for batch norm"
+        raise UserError(f"batch-size={size}: {expected}")
+    return size
+
+def choose_precision(args: argparse.Namespace) -> tuple[str, str]:
+    """Return the precision and the reason. "auto" is that of a run that continues or of accelerate
+    launch, or else bf16 where the hardware multiplies in it."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision not in (None, "auto"):
+        return args.mixed_precision, "as asked for"
+    folder = args.output_dir if args.resume == "auto" else Path(args.resume or "").parent
+    if args.resume and args.mixed_precision and (found := Path(folder, "args.json")).exists():
+        return json.loads(found.read_text())["mixed_precision"], "as the run began"
+    if launched != "no" or not args.mixed_precision:
+        return launched, "as launched"
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        has_bf16, device = torch.cuda.is_bf16_supported(including_emulation=False), "GPU"
+    else:
+        found = torch.cpu.get_capabilities()
+        has_bf16, device = found.get("amx_bf16") or found.get("avx512_bf16"), "CPU"
+    verb = "multiplies" if has_bf16 else "does not multiply"
+    return "bf16" if has_bf16 else "no", f"this {device} {verb} in bf16"
 
 def prepare_machine(precision: str | None) -> Accelerator:
     """Set PyTorch up for speed and exact repetition; return the accelerator."""
@@ -159,11 +195,13 @@ def prepare_machine(precision: str | None) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise UserError(f"{started} processes without a GPU each: set ACCELERATE_USE_CPU=true")
+    # accelerate launch sets these two for several processes, but on a CPU it starts only one.
+    asked_for_more = os.environ.keys() >= {"ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"}
+    if asked_for_more and "LOCAL_RANK" not in os.environ:
+        raise UserError("accelerate launch started one process: use torchrun for several")
     if accelerator.device.type == "cpu":
         if os.environ.get("OMP_NUM_THREADS") == "1":  # accelerate launch and torchrun set it
-            has_affinity = hasattr(os, "sched_getaffinity")
-            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+            torch.set_num_threads(count_cores())
         torch.set_flush_denormal(True)  # numbers under 1e-38 make arithmetic many times slower
         if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
             # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: else page faults take a fifth of a step.
@@ -277,6 +315,14 @@ class StopSignal:
             return 0
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
+# One chart each in TensorBoard's Custom Scalars: the tags that it shows.
+CHARTS = {
+    "loss": ["Multiline", ["loss/train", "loss/val"]],
+    "error": ["Multiline", ["error/train", "error/val"]], "learning rate": ["Multiline", ["lr"]],
+    "images per second": ["Multiline", ["speed/images_per_second"]],
+    "share of time without images": ["Multiline", ["speed/data_wait"]],
+    "norm of the gradient": ["Multiline", ["gradient_norm/.*"]],
+}  # fmt: skip
 Run = argparse.Namespace  # what the loop works with; make_run lists its fields
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -446,6 +492,7 @@ def run_epochs(run: Run) -> None:
         and not 0 < args.patience <= state.epoch - state.best_epoch
     ):  # fmt: skip
         row = train_epoch(run)
+        val = None
         if len(data.val):
             broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
@@ -455,7 +502,7 @@ def run_epochs(run: Run) -> None:
                 raise UserError(f"validation loss after step {state.step} is not finite: {way_on}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
                     "val_top5_error": val.top5_error}  # fmt: skip
-        log_epoch(run, row)
+        log_epoch(run, row, val)
         is_whole = state.step == (state.epoch + 1) * run.steps
         if is_whole:
             is_best = row.get("val_loss", -math.inf) < state.best_loss  # without validation: always
@@ -498,18 +545,17 @@ def log_step(run: Run, bar: tqdm, sums: list[float]) -> None:
     row, (loss, errors, images) = summarize_epoch(run), sums
     means = f"loss {row['train_loss']:.3f} error {row['train_top1_error']:.1%}"
     bar.set_postfix_str(f"{means} {row['images_per_second']:.0f} img/s")
-    values = {"train/loss": loss / images, "train/top1_error": errors / images}
-    values |= {name: row[name] for name in ("lr", "images_per_second", "seconds", "data_wait")}
+    values = {"loss/train": loss / images, "error/train": errors / images, "lr": row["lr"]}
+    values |= {f"speed/{name}": row[name] for name in ("images_per_second", "data_wait")}
     for name, value in values.items() if run.writer else ():
         run.writer.add_scalar(name, value, run.state.step)
 
-def log_epoch(run: Run, row: dict[str, float]) -> None:
+def log_epoch(run: Run, row: dict[str, float], val: Metrics | None) -> None:
     """Write metrics.csv, log the validation to TensorBoard, and print a line."""
     if not run.accelerator.is_main_process:
         return
-    for name in ("val_loss", "val_top1_error", "val_top5_error"):
-        if name in row:
-            run.writer.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
+    if val:
+        log_validation(run, val)
     table = [row.keys(), *(row.values() for row in [*run.state.history, row])]
     text = "".join(",".join(map(str, values)) + "\n" for values in table)
     write_atomic(run.folder / "metrics.csv", text.encode())
@@ -519,18 +565,37 @@ def log_epoch(run: Run, row: dict[str, float]) -> None:
     print(f"{line}  {row['seconds']:.0f} s", flush=True)
     run.writer.flush()
 
-# ----------------------------------------------------------------------------------------- set-up
+def log_validation(run: Run, val: Metrics) -> None:
+    """Log a validation to TensorBoard: errors, images of all classes, and the confusion matrix."""
+    data, writer, step = run.data, run.writer, run.state.step
+    writer.add_scalar("loss/val", val.loss, step)
+    writer.add_scalar("error/val", val.top1_error, step)
+    if len(data.classes) > 5:
+        writer.add_scalar("error/val_top5", val.top5_error, step)
+    chosen = pick_examples(data.val.labels, 32)
+    names = [data.classes[label] for label in data.val.labels[chosen].tolist()]
+    guesses = [data.classes[label] for label in val.predicted[chosen].tolist()]
+    captions = [
+        f"{name}\n{guess} {probability:.0%}"
+        for name, guess, probability in zip(names, guesses, val.probability[chosen].tolist())
+    ]
+    images, _ = data.val.__getitems__(chosen)
+    writer.add_image("validation: true class, predicted class", draw_grid(images, captions), step)
+    writer.add_image("confusion", draw_confusion(val.confusion, data.classes), step)
 
-@contextlib.contextmanager
-def raise_on_all() -> Iterator[None]:
-    """Raise on every process the UserError or OSError that the block raises on one of them."""
-    error = None
-    try:
-        yield
-    except (UserError, OSError) as raised:
-        error = raised
-    if errors := [found for found in gather_object([error]) if found]:
-        raise errors[0]
+def log_result(run: Run) -> None:
+    """Log flags and final errors for TensorBoard's HParams page, within the same run."""
+    flags = {name: value if type(value) in (bool, int, float) else str(value)
+             for name, value in vars(run.args).items()}  # fmt: skip
+    row = run.state.history[-1]
+    tags = {"loss/train": "train_loss", "error/train": "train_top1_error",
+            "loss/val": "val_loss", "error/val": "val_top1_error"}  # fmt: skip
+    results = {tag: row[name] for tag, name in tags.items() if name in row}
+    for summary in hparams(flags, results):
+        run.writer.file_writer.add_summary(summary)
+    run.writer.flush()
+
+# ----------------------------------------------------------------------------------------- set-up
 
 def find_run(args: argparse.Namespace) -> tuple[Path, Path | None, dict | None]:
     """Return the run's folder, and path and content of the checkpoint to continue from. Raises
@@ -569,13 +634,10 @@ def lock_folder(folder: Path) -> object:
 
 def load_same_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     """Load the data on every process. Raises UserError on all if it fails or differs on one."""
-    options = (args.data_dir, args.val_fraction, args.seed, args.image_size)
-    for is_main in (True, False):  # one process of each machine downloads, before the others load
-        with raise_on_all():
-            if accelerator.is_local_main_process == is_main:
-                data = load_data(args.dataset, *options)
-    flags = [value for name, value in vars(args).items() if name not in FREE]
-    summary = (flags, args.model_args, data.classes, data.train.labels.tolist(), len(data.val))
+    options = (args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
+    data = load_on_all(accelerator, *options)
+    flags = {name: value for name, value in vars(args).items() if name not in OWN}
+    summary = (flags, data.classes, data.train.labels.tolist(), len(data.val))
     if any(found != summary for found in gather_object([summary])):
         raise UserError("the processes have different flags or data, which must be the same")
     return data
@@ -599,27 +661,31 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
 
 def make_run(args: argparse.Namespace) -> Run:
     """Make everything that the loop needs. Raises UserError if an argument or a file is wrong."""
+    args.mixed_precision, reason = choose_precision(args)
     accelerator = prepare_machine(args.mixed_precision)
-    if args.mixed_precision != "tf32":
-        args.mixed_precision = accelerator.mixed_precision
     check_args(args, accelerator)
     with raise_on_all():
         found = find_run(args) if accelerator.is_main_process else None
     ((folder, path, checkpoint),) = broadcast_object_list([found])
     args.output_dir = str(folder)
     data = load_same_data(args, accelerator)
+    parts = accelerator.num_processes * args.grad_accum_steps
+    args.batch_size = choose_batch_size(args, len(data.train), parts)
+    args.workers = choose_workers(args.workers, data.train)
     sampler = EpochBatches(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
     loader = DataLoader(data.train, batch_sampler=sampler, num_workers=args.workers,
                         collate_fn=collate, worker_init_fn=ignore_signals,
                         pin_memory=torch.cuda.is_available())  # fmt: skip
     model = make_model(args, len(data.classes), accelerator)
-    if args.pretrained and not path:
-        accelerator.print(load_pretrained(model, args.pretrained))
+    with raise_on_all():  # DistributedDataParallel takes the main process's weights to the others
+        if args.pretrained and not path and accelerator.is_main_process:
+            print(load_pretrained(model, args.pretrained))
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(args, model), loader)
     run = Run(
         args=args, accelerator=accelerator, folder=folder, data=data, model=model,
         optimizer=optimizer, sampler=sampler, loader=loader, state=RunState(), stop=StopSignal(),
         steps=sampler.batches // args.grad_accum_steps,  # of an epoch
+        precision=f"precision {args.mixed_precision}, {reason}",
         transform=make_transform(data.mean, data.std, args.augment, data.train),
         mix=BatchCutMix(len(data.classes)) if args.augment == "cutmix" else None,
         pending=[],  # results of train_step that are not in state.sums yet
@@ -641,8 +707,46 @@ def start_writing(run: Run) -> None:
     versions = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
     content = vars(run.args) | {"processes": run.accelerator.num_processes, "versions": versions}
     write_atomic(run.folder / "args.json", json.dumps(content, indent=2).encode())
-    if run.state.step == 0:
-        run.writer.add_images("augmented", augment_first(run.data, run.args.augment, run.args.seed))
+    if run.state.step > 0:
+        return
+    run.writer.add_text("command", shlex.join(["python", *sys.argv]))
+    flags = "".join(f"| {name} | {value} |\n" for name, value in vars(run.args).items())
+    run.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{flags}")
+    run.writer.add_custom_scalars({"In the order in which to look": CHARTS})
+    labels = run.data.train.labels
+    names = [run.data.classes[labels[i]] for i in pick_examples(labels, 64)]
+    images = augment_first(run.data, run.args.augment, run.args.seed)
+    run.writer.add_image("augmented", draw_grid((images * 255).round().byte(), names))
+
+def describe_start(run: Run) -> str:
+    """Return lines that say what the run trains, on what, how and where to."""
+    args, data, device = run.args, run.data, run.accelerator.device.type
+    parameters = sum(p.numel() for p in run.model.parameters())
+    left_out = len(data.train) - run.steps * args.batch_size
+    note = f", which leave out {left_out} images" if left_out else ""
+    images = f"{len(data.train)} training and {len(data.val)} validation images"
+    return (
+        f"network   {args.model}, {parameters:,} parameters\n"
+        f"data      {args.dataset}: {images}, {len(data.classes)} classes\n"
+        f"an epoch  {run.steps} batches of {args.batch_size} images{note}\n"
+        f"machine   {run.accelerator.num_processes} process(es) on {device}, {run.precision}\n"
+        f"          {args.workers} worker(s) that read images\n"
+        f"writes    {run.folder}"
+    )
+
+def describe_end(run: Run) -> str:
+    """Return lines that say what to do with the result: best.pt is the one to use if it is there,
+    since it has the lowest validation loss; otherwise last.pt."""
+    args, folder = run.args, run.folder
+    path = folder / ("best.pt" if (folder / "best.pt").exists() else "last.pt")
+    model = f" --model {args.model}" if ":" in args.model else ""
+    split = "" if len(run.data.test) else " --split val"
+    lines = [f"evaluate  python evaluate.py {shlex.quote(str(path))}{model}{split}",
+             f"look      tensorboard --logdir {shlex.quote(str(folder))}"]  # fmt: skip
+    if args.recipe == "demo":
+        lines += ["next      python train.py --recipe strong --model fishnet_tiny  (CIFAR-10)",
+                  "          python train.py --recipe strong --dataset folder --data-dir DIR"]
+    return "\n".join(lines)
 
 def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
@@ -655,6 +759,8 @@ def explain(error: Exception) -> str:
         return "out of memory: lower --batch-size, or train with --checkpoint-activations"
     if "DataLoader worker" in text and "shared memory" in text:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
+    if "gloo" in text and "by peer" in text:
+        return "another process of the run ended: its own output says why"
     is_broken_pipe = isinstance(error, (ConnectionError, EOFError))
     if text.startswith("DataLoader worker (pid") or (is_broken_pipe and "Caught" not in text):
         return "a data worker was killed, perhaps for lack of memory: try --workers 0"
@@ -680,21 +786,12 @@ def main() -> None:
     with report_failures("train.py"):
         run = make_run(args)
         run.stop.listen()
-        data, accelerator = run.data, run.accelerator
-        parameters = sum(p.numel() for p in run.model.parameters())
-        accelerator.print(
-            f"{args.model}, {parameters:,} parameters; {args.dataset}, {len(data.train)} training "
-            f"and {len(data.val)} validation images\n{accelerator.num_processes} process(es) on "
-            f"{accelerator.device.type}, precision {args.mixed_precision}, {run.steps} steps an "
-            f"epoch\nwrites to {run.folder}"
-        )
+        run.accelerator.print(describe_start(run))
         run_epochs(run)
-    if len(data.test) or len(data.val):
-        path = run.folder / ("best.pt" if (run.folder / "best.pt").exists() else "last.pt")
-        model = f" --model {args.model}" if ":" in args.model else ""
-        split = "" if len(data.test) else " --split val"
-        accelerator.print(f"python evaluate.py {shlex.quote(str(path))}{model}{split}")
-    accelerator.end_training()
+        if run.writer and run.state.history:
+            log_result(run)
+        run.accelerator.print(describe_end(run))
+    run.accelerator.end_training()
 
 if __name__ == "__main__":
     main()

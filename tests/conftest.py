@@ -25,6 +25,7 @@ STARTED: list[subprocess.Popen] = []
 
 # The runs of the tests train a network of 11,000 parameters with SGD, unless they say otherwise.
 SMALL = ["--recipe", "demo", "--dataset", "cifar10", "-b", "32", "--log-every", "2"]
+SMALL += ["--mixed-precision", "no"]
 SMALL += ["--opt", "sgd", "--lr", "0.02", "--weight-decay", "5e-4"]
 SMALL += ["--model-args", "channels=(4,4,4,16)", "k=2"]
 

@@ -1,6 +1,7 @@
 """Test evaluate.py: every image counts once, the command, and checkpoints that are refused."""
 
 import contextlib
+import csv
 import json
 import re
 import sys
@@ -11,14 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, start_python
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms.functional import to_pil_image
 
 import evaluate as evaluation
 import train
 from data import ImageSet, load_data, make_transform
-from evaluate import DamagedFileError, evaluate, load_checkpoint, load_file, load_model, predict
+from evaluate import DamagedFileError, Metrics, draw_confusion, evaluate
+from evaluate import load_checkpoint, load_file, load_model, predict, summarize
 from fishnet import UserError, create_model
 
 SIZES, BATCHES = (1, 2, 7, 9, 999), (1, 3, 64)
@@ -45,9 +49,8 @@ def counted(accelerator: Accelerator, count: int, batch_size: int, classes: int 
     """Return the counts and the loss that evaluate finds."""
     model, images = Linear(classes).to(accelerator.device), make_images(count, classes)
     m = evaluate(accelerator, model, images, HALVES, classes, batch_size)
-    misses = [round(error * n) for error, n in zip(m.class_errors, m.class_images)]
     top1, top5 = round(m.top1_error * count), round(m.top5_error * count)
-    return [m.images, top1, top5, list(m.class_images), misses, m.loss]
+    return [top1, top5, m.confusion.tolist(), m.predicted.tolist(), m.probability.tolist(), m.loss]
 
 def by_numpy(count: int, classes: int = 12) -> list:
     """Return what `counted` must return."""
@@ -57,10 +60,12 @@ def by_numpy(count: int, classes: int = 12) -> list:
     labels = images.labels.numpy()
     own = logits[np.arange(count), labels]
     rank = (logits > own[:, None]).sum(1)  # the number of classes before the right one
-    per_class = [int((labels == c).sum()) for c in range(classes)]
-    misses = [int((rank[labels == c] > 0).sum()) for c in range(classes)]
-    loss = (np.log(np.exp(logits).sum(1)) - own).mean()
-    return [count, int((rank > 0).sum()), int((rank > 4).sum()), per_class, misses, loss]
+    total, predicted = np.exp(logits).sum(1), logits.argmax(1)
+    confusion = np.zeros((classes, classes), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    top1, top5 = int((rank > 0).sum()), int((rank > 4).sum())
+    probability, loss = np.exp(logits.max(1)) / total, (np.log(total) - own).mean()
+    return [top1, top5, confusion.tolist(), predicted.tolist(), probability.tolist(), loss]
 
 def test_every_image_counts_once(tmp_path):
     """On one process, and on three, whose shares differ and may be empty."""
@@ -81,23 +86,34 @@ accelerator.end_training()
     results = json.loads((tmp_path / "results.json").read_text())
     results += [[n, counted(Accelerator(cpu=True), n, b)] for n in SIZES for b in BATCHES]
     assert len(results) == 2 * len(SIZES) * len(BATCHES)
-    for count, (*counts, loss) in results:
-        *expected_counts, expected_loss = by_numpy(count)
+    for count, (*counts, probability, loss) in results:
+        *expected_counts, expected_probability, expected_loss = by_numpy(count)
         assert counts == expected_counts
+        assert probability == pytest.approx(expected_probability, rel=1e-4)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
 
 def test_top5_of_three_classes_and_a_class_without_images():
     images = ImageSet(make_images(8, 3).images, torch.full((8,), 2))
     m = evaluate(Accelerator(cpu=True), Linear(3), images, HALVES, 3, batch_size=7)
-    assert m.top5_error == 0 and m.class_images == (0, 0, 8)
-    assert m.class_errors == (0, 0, m.top1_error)
+    summary = summarize(m, "abc")
+    assert m.top5_error == 0 and summary["class_images"] == {"a": 0, "b": 0, "c": 8}
+    assert summary["class_errors"] == {"a": 0, "b": 0, "c": m.top1_error}
+
+def test_precision_recall_and_f1():
+    """By the definitions, on counts made up by hand; b is never predicted."""
+    confusion = torch.tensor([[3, 0, 1], [2, 0, 0], [0, 0, 4]])
+    summary = summarize(Metrics(0.0, 0.3, 0.0, confusion, torch.zeros(10), torch.zeros(10)), "abc")
+    assert summary["precision"] == pytest.approx({"a": 3 / 5, "b": 0, "c": 4 / 5})
+    assert summary["recall"] == pytest.approx({"a": 3 / 4, "b": 0, "c": 1})
+    assert summary["f1"] == pytest.approx({"a": 2 / (5 / 3 + 4 / 3), "b": 0, "c": 2 / (5 / 4 + 1)})
 
 def test_modules_stay_in_their_modes():
     model = nn.Sequential(nn.BatchNorm2d(3), Linear(3)).train()
     model[0].eval()  # frozen for fine-tuning
     accelerator, images = Accelerator(cpu=True), make_images(20, 3)
     evaluate(accelerator, model, images, HALVES, 3)
-    predict(accelerator, model, images.images[0], HALVES, list("abc"))
+    model.classes, model.mean, model.std, model.input_size = "abc", (0.5,) * 3, (0.25,) * 3, (4, 1)
+    predict(model, images.images)
     assert [module.training for module in model] == [False, True]
 
 def test_no_device_needs_float64(run_train, tmp_path, monkeypatch):
@@ -151,7 +167,7 @@ def run_evaluate(cifar_dir, tmp_path, monkeypatch, capsys):
 def test_command(checkpoint, run_evaluate):
     result = json.loads(run_evaluate(checkpoint, "--json"))
     assert result["images"] == sum(result["class_images"].values()) == 37
-    names = "top1_error top5_error loss images tta class_errors class_images"
+    names = "top1_error top5_error loss images tta class_errors class_images precision recall f1"
     assert set(result) == set(names.split())
     out = run_evaluate(checkpoint, "--split", "val")
     assert "on 48 val images" in out and "class 9" in out
@@ -173,12 +189,71 @@ def test_tta_averages_an_image_and_its_mirror_image(checkpoint, run_evaluate, ci
     assert "fishnet_tiny on 37 test images, averaged over flips" in out
     test = load_data("cifar10", cifar_dir).test
     x = (test.images.float() / 255 - 0.5) / 0.25
-    model = load_model(checkpoint).eval()
+    model = load_model(checkpoint, "a.pt").eval()
     logits = (model(x) + model(x[..., list(range(31, -1, -1))])) / 2
     loss = -logits.double().log_softmax(1)[range(37), test.labels].mean().item()
     assert float(re.search(r"loss (\S+)", out)[1]) == pytest.approx(loss, rel=1e-6)
     error = (logits.argmax(1) != test.labels).double().mean().item()
     assert f"top-1 error {error:.2%}" in out
+
+def test_a_report_starts_with_the_surest_mistakes(checkpoint, run_evaluate, cifar_dir, tmp_path):
+    text = "epoch,train_loss,train_top1_error,val_loss,val_top1_error\n1,2,0.9,,\n2,1,0.5,0.8,0.4\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    folder, names = tmp_path / "new" / "report", checkpoint["classes"]
+    shown = json.loads(run_evaluate(checkpoint, "--json", "--report", str(folder)))
+    labels = load_data("cifar10", cifar_dir).test.labels
+    _, *rows = csv.reader((folder / "predictions.csv").open())
+    assert sorted(int(row[0]) for row in rows) == list(range(37))
+    keys, confusion = [], np.zeros((10, 10), int)
+    for index, true, found, probability in rows:
+        assert true == names[labels[int(index)]]
+        keys.append((true == found, -float(probability)))
+        confusion[names.index(true), names.index(found)] += 1
+    assert keys == sorted(keys) and not keys[0][0]
+    report = json.loads((folder / "report.json").read_text())
+    assert report == shown | {"confusion": confusion.tolist()}
+    for name in ("confusion", "mistakes", "curves"):
+        assert min(Image.open(folder / f"{name}.png").size) > 200
+
+@pytest.mark.parametrize("classes", [2, 20, 100, 1500])
+def test_a_confusion_matrix_is_dark_where_it_is_large(classes):
+    names = ["a class with quite a long name: \u00e9\u732b"] * classes
+    picture = draw_confusion(torch.eye(classes, dtype=torch.int64) * 9, names)
+    assert picture.dtype == torch.uint8 and max(picture.shape) < 2000
+    dark = (picture == torch.tensor([[[8]], [[48]], [[107]]])).all(0)[:, :-130]  # not the scale
+    rows, columns = (dark.nonzero() - dark.nonzero().min(0).values).unbind(1)
+    assert len(rows) > 500 and (rows - columns).abs().max() < 60
+    assert rows.max() == columns.max()
+
+def test_predict_takes_a_path_or_a_model_and_images_or_paths(checkpoint, cifar_dir, tmp_path):
+    images = load_data("cifar10", cifar_dir).test.images[:5]
+    for name, image in zip(("b/1.png", "b/a/x.PNG", "c.png", "b/.no.png", "b/.a/no.png"), images):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(tmp_path / name)
+    torch.save(checkpoint, tmp_path / "a.pt")
+    results = predict(tmp_path / "a.pt", [tmp_path / "c.png", str(tmp_path / "b")], batch_size=2)
+    files = [str(tmp_path / name) for name in ("c.png", "b/1.png", "b/a/x.PNG")]
+    assert [file for file, _ in results] == files
+    model, images = load_model(checkpoint, "a.pt"), images[[2, 0, 1]]
+    with torch.no_grad():
+        expected = model.eval()((images / 255 - 0.5) / 0.25).softmax(1).sort(descending=True)
+    for (i, top), (_, same), (k, *_) in zip(predict(model, images), results, expected.indices):
+        assert top[0][0] == same[0][0] == f"class {k}"
+        assert [p for _, p in top + same] == pytest.approx(2 * expected.values[i, :5].tolist())
+    with pytest.raises(UserError, match=r"none\.jpg: cannot be read"):
+        predict(model, [tmp_path / "none.jpg"])
+
+def test_predictions_are_written(checkpoint, run_evaluate, cifar_dir, tmp_path):
+    image, out = load_data("cifar10", cifar_dir).test.images[0], tmp_path / "out"
+    to_pil_image(image).save(tmp_path / "0.png")
+    flags = "--csv", out / "a.csv", "--save", out, "--features", out / "f.png", "--json"
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run_evaluate(checkpoint, *map(str, (tmp_path / "0.png", tmp_path / "0.png", *flags)))
+    assert sorted(p.name for p in out.iterdir()) == ["00001 0.png", "00002 0.png", "a.csv", "f.png"]
+    _, (name, found, probability), _ = csv.reader((out / "a.csv").open())
+    top = predict(load_model(checkpoint, "a.pt"), image[None])[0][1][0]
+    assert (name, found) == (str(tmp_path / "0.png"), top[0])
+    assert float(probability) == pytest.approx(top[1]) and Image.open(out / "f.png").width > 800
 
 def test_an_evaluation_is_in_float32(checkpoint, run_evaluate, monkeypatch):
     """Whatever accelerate launch was set to, and though PyTorch lets convolutions round to tf32."""
@@ -227,8 +302,8 @@ def test_weights_that_do_not_fit_are_named(checkpoint):
         ({"fc.weight": weight[:5]}, r"fc\.weight is \(5, .*\), expected \(10, .*\)"),
         ({"odd": weight}, "odd is not the model's"),
     ):
-        with pytest.raises(UserError, match=f"1 weights do not fit the model: {message}"):
-            load_model(checkpoint | {"model": checkpoint["model"] | change})
+        with pytest.raises(UserError, match=rf"a\.pt: 1 weights do not fit the model: {message}"):
+            load_model(checkpoint | {"model": checkpoint["model"] | change}, "a.pt")
 
 def test_a_model_from_a_checkpoint_gives_the_logits_of_the_one_that_was_saved(checkpoint):
     """Though its config is not that of its name."""
@@ -237,4 +312,4 @@ def test_a_model_from_a_checkpoint_gives_the_logits_of_the_one_that_was_saved(ch
     content = checkpoint | {"config": vars(source.config), "model": source.state_dict()}
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(load_model(content).eval()(images), source(images))
+        assert torch.equal(load_model(content, "a.pt").eval()(images), source(images))

@@ -191,9 +191,11 @@ def test_a_validation_loss_that_is_not_finite_leads_back(run_train, tmp_path, mo
     flags = "--epochs", "2", "--override", "--lr", "0.01", "--resume", str(tmp_path / "previous.pt")
     assert "previous.pt at step 6" in run_train(tmp_path, *flags)
 
-def test_out_of_memory_says_what_to_do():
+def test_out_of_memory_and_a_lost_process_are_explained():
     for error in (torch.OutOfMemoryError(), MemoryError(), RuntimeError("can't allocate memory")):
         assert "out of memory: lower --batch-size" in train.explain(error)
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer.")
+    assert "another process of the run ended" in train.explain(error)
 
 @pytest.mark.parametrize("fault, error, message", [
     ("", SystemExit, r"train\.py: a data worker was killed.*--workers 0$"),  # it dies

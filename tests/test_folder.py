@@ -157,6 +157,7 @@ def test_batches_are_not_cropped_again_and_have_imagenets_colours(photos):
 # -------------------------------------------------------------------------------- train, evaluate
 
 FOLDER = ("--dataset", "folder", "--image-size", "32", "-b", "8", "--augment", "slides")
+FOLDER += ("--workers", "0")
 
 @pytest.fixture
 def run_folder(run_train, tmp_path):
@@ -284,6 +285,18 @@ def test_a_network_trains_is_evaluated_and_predicts(run_folder, call, copy, tmp_
     for split in ("train", "val", "test"):
         (copy / split / "apple").rename(copy / split / "pear")
     assert "dataset=folder: has other classes than" in call(evaluate, best)[0]
+
+def test_sixty_images_end_in_a_useful_network(monkeypatch, capsys, tmp_path):
+    for name, colour in COLOURS.items():
+        for i in range(20):
+            draw(tmp_path / "photos" / "train" / name / f"{i}.png", colour, seed=i)
+    flags = "--recipe strong --model fishnet_tiny --epochs 4 --model-args channels=(4,4,4,16) k=2"
+    flags += f" --dataset folder --image-size 32 --workers 0 --data-dir {tmp_path / 'photos'}"
+    flags += f" --output-dir {tmp_path / 'run'}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    train.main()
+    assert "6 batches of 8 images, which leave out 6 images" in capsys.readouterr().out
+    assert load(tmp_path / "run" / "best.pt")["state"]["history"][-1]["val_top1_error"] == 0
 
 def test_a_cifar_checkpoint_takes_files(run_train, call, cifar_dir, tmp_path):
     run_train(tmp_path / "run", "--epochs", "1", "--max-steps", "2")

@@ -29,11 +29,14 @@ from fishnet import UserError, create_model, zero_init_last
 def load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
+TIMES = {"seconds", "data_seconds", "images_per_second", "data_wait", "args"}
+TIMES |= {"speed/images_per_second", "speed/data_wait"}
+
 def assert_same(a: object, b: object, where: str = "") -> None:
     """Compare bit for bit, through dicts and lists. Times and flags are left out."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
-        for key in a.keys() - {"seconds", "data_seconds", "images_per_second", "data_wait", "args"}:
+        for key in a.keys() - TIMES:
             assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
@@ -73,7 +76,8 @@ def keep_every_step(folder: Path) -> None:
     train.save = save_and_copy
 
 def set_validation_losses(monkeypatch, *losses: float) -> None:
-    results = (evaluate.Metrics(loss, 0.5, 0.1, 48, (), ()) for loss in losses)
+    none, matrix = torch.zeros(48, dtype=torch.long), torch.zeros(10, 10, dtype=torch.long)
+    results = (evaluate.Metrics(loss, 0.5, 0.1, matrix, none, none.double()) for loss in losses)
     monkeypatch.setattr(train, "evaluate", lambda *_: next(results))
 
 def test_flags_are_these():
@@ -87,10 +91,10 @@ def test_flags_are_these():
     assert set(vars(train.parse_args([]))) == {*free.split(), *bound.split()}
 
 def test_recipes_are_these():
-    names = "model dataset epochs batch_size patience opt lr weight_decay val_fraction augment"
+    names = "model dataset epochs mixed_precision patience opt lr weight_decay val_fraction augment"
     names = [*names.split(), "sched", "warmup_epochs", "smoothing", "zero_init_last"]
-    slides = ["fishnet99", "cifar10", 100, 256, 20, "adam", 1e-2, 1e-4, 0.2, "slides", "step"]
-    strong = ["fishnet99", "cifar10", 30, 256, 0, "muon", 0.05, 0.01, 0.1, "standard", "cosine"]
+    slides = ["fishnet99", "cifar10", 100, None, 20, "adam", 1e-2, 1e-4, 0.2, "slides", "step"]
+    strong = ["fishnet99", "cifar10", 30, "auto", 0, "muon", 0.05, 0.01, 0.1, "standard", "cosine"]
     expected = {"baseline": [*slides, 0, 0, False], "strong": [*strong, 2, 0.1, True]}
     for recipe, values in expected.items():
         args = train.parse_args(["--recipe", recipe])
@@ -270,7 +274,7 @@ def test_a_run_and_its_files(run_train, tmp_path):
     numbers = r"loss \d\.\d\d  error \d+\.\d\d%"
     assert re.search(rf"^epoch 1/2  train {numbers}  val {numbers}  \d+ s$", out, re.M)
     assert f"python evaluate.py '{folder}/best.pt'" in out
-    assert max(map(len, re.findall("^epoch.*", out, re.M))) < 80
+    assert max(len(line) for line in out.splitlines() if str(folder) not in line) < 80
 
     last = load(folder / "last.pt")
     assert last["name"] == "fishnet_tiny" and last["classes"][3] == "class 3"
@@ -282,15 +286,48 @@ def test_a_run_and_its_files(run_train, tmp_path):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert last["state"]["best_loss"] == min(float(row["val_loss"]) for row in rows)
     assert all(0 < float(row["data_wait"]) < 1 for row in rows)
-    tags = "lr images_per_second seconds data_wait train/loss train/top1_error"
-    tags += " val/loss val/top1_error val/top5_error"
+    tags = "loss/train loss/val error/train error/val error/val_top5 lr"
+    tags += " speed/images_per_second speed/data_wait"
     stages = "stem t1 t2 t3 t4 bridge b4 b3 b2 h1 h2 h3 h4 pool fc"
     tags = {*tags.split(), *(f"gradient_norm/{stage}" for stage in stages.split())}
     assert scalars.keys() == tags
-    assert EventAccumulator(str(folder)).Reload().Tags()["images"] == ["augmented"]
-    assert list(scalars["train/loss"]) == [2, 4, 6, 8, 10, 12]
+    events = EventAccumulator(str(folder), {"images": 0}).Reload()
+    assert {tag: len(events.Images(tag)) for tag in events.Tags()["images"]} == {
+        "augmented": 1, "validation: true class, predicted class": 2, "confusion": 2,
+    }  # fmt: skip
+    text = events.Tensors("command/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.startswith("python ") and str(folder) in text
+    results = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"weight_decay" in results and not [p for p in folder.iterdir() if p.is_dir()]
+    assert list(scalars["loss/train"]) == [2, 4, 6, 8, 10, 12]
     losses = {int(row["step"]): float(row["val_loss"]) for row in rows}
-    assert scalars["val/loss"] == pytest.approx(losses)
+    assert scalars["loss/val"] == pytest.approx(losses)
+
+def test_the_batch_size_suits_the_number_of_images():
+    args = train.parse_args(["--recipe", "strong"])
+    for images, parts, size in ((50000, 1, 256), (2560, 2, 256), (2559, 1, 128), (224, 1, 16),
+                                (48, 1, 8), (48, 8, 16), (48, 3, None)):  # fmt: skip
+        if size:
+            assert train.choose_batch_size(args, images, parts) == size
+        else:
+            with pytest.raises(UserError, match="batch-size=256: expected 3 parts"):
+                train.choose_batch_size(args, images, parts)
+    args = train.parse_args(["-b", "128"])
+    assert train.choose_batch_size(args, 224, 1) == 128
+
+@pytest.mark.parametrize("features, expected", [
+    ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "no"),
+])  # fmt: skip
+def test_auto_is_bf16_where_the_hardware_has_it(tmp_path, monkeypatch, features, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    flags = "--recipe", "strong", "--output-dir", str(tmp_path), "--resume", "auto"
+    choose = lambda *more: train.choose_precision(train.parse_args([*flags, *more]))[0]  # noqa: E731
+    assert choose() == expected and choose("--mixed-precision", "no") == "no"
+    assert choose("--recipe", "baseline") == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert choose() == choose("--recipe", "baseline") == "fp16"
+    (tmp_path / "args.json").write_text('{"mixed_precision": "tf32"}')  # the run began elsewhere
+    assert choose() == "tf32" and choose("--recipe", "baseline") == "fp16"
 
 def test_best_is_by_validation_loss_and_training_stops_early(run_train, tmp_path, monkeypatch):
     set_validation_losses(monkeypatch, 3.0, 2.0, 2.5, 2.1, 9.9)
@@ -351,7 +388,7 @@ def test_resume_from_every_step_is_exact(
     run_train(tmp_path / "run", *flags)
     monkeypatch.undo()
     expected = outcome(tmp_path / "run")
-    assert list(expected["scalars"]["train/loss"]) == [2, 3, 4, 6, 8, 9]
+    assert list(expected["scalars"]["loss/train"]) == [2, 3, 4, 6, 8, 9]
     for step in steps:
         out = run_train(tmp_path / f"run-{step}", *flags, "--resume", "auto")
         assert f"at step {step}," in out
@@ -556,6 +593,10 @@ def test_processes_on_the_cpu_see_no_gpu_and_must_know_of_each_other(monkeypatch
     AcceleratorState._reset_state(reset_partial_state=True)
     train.prepare_machine("no")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # accelerate launch --num_processes 2
+    monkeypatch.setenv("MASTER_PORT", "29500")  # sets these on a CPU, and starts one process
+    with pytest.raises(UserError, match="started one process: use torchrun"):
+        train.prepare_machine("no")
 
 def test_a_gpu_is_deterministic_and_rounds_only_with_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
@@ -577,3 +618,13 @@ def test_all_cores_work_although_accelerate_launch_asks_for_one(monkeypatch, one
             assert torch.get_num_threads() == len(CORES) // processes
     finally:
         os.sched_setaffinity(0, mine)
+
+@pytest.mark.parametrize("flag", ["max-steps", "patience", "log-every", "checkpoint-every", "lr"])
+def test_processes_that_would_wait_for_one_another_are_refused(cifar_dir, monkeypatch, flag):
+    found, flags = [], [*SMALL, "--data-dir", str(cifar_dir)]
+    monkeypatch.setattr(train, "gather_object", lambda own: found.extend(own) or found)
+    process = SimpleNamespace(is_local_main_process=True)
+    train.load_same_data(train.parse_args([*flags, "--workers", "2"]), process)
+    train.load_same_data(train.parse_args(flags), process)
+    with pytest.raises(UserError, match="have different flags"):
+        train.load_same_data(train.parse_args([*flags, f"--{flag}", "7"]), process)
