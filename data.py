@@ -433,7 +433,10 @@ class BatchRandomResizedCrop(nn.Module):
 
 class BatchRandomCrop(nn.Module):
     """Shift each image by up to `padding` pixels along each axis; black moves in."""
-    padding = 4
+
+    def __init__(self, padding: int = 4) -> None:
+        super().__init__()
+        self.padding = padding
 
     def forward(self, images: Tensor) -> Tensor:
         n, _, height, width = images.shape
@@ -522,14 +525,14 @@ class FancyPCA(nn.Module):
         return images + shift.to(images.device, images.dtype, non_blocking=True)
 
 def make_transform(mean: Sequence, std: Sequence, augment: str = "none",
-                   train: ImageSet | FolderSet | None = None) -> v2.Compose:  # fmt: skip
+                   train: ImageSet | FolderSet | None = None, padding: int = 4) -> v2.Compose:
     """Return the transform of batches: uint8 (N, 3, H, W) -> [0, 1] -> augmented -> normalised.
     "slides" is a random resized crop, a flip and Fancy PCA fitted on `train`; "standard" a padded
     crop and a flip; "cutout" the same and a grey square; "cutmix" is "standard", before
     BatchCutMix. A folder's images are cropped already, and use the usual PCA of ImageNet."""
     is_folder, steps = isinstance(train, FolderSet), []
     if augment != "none":
-        crop = BatchRandomResizedCrop() if augment == "slides" else BatchRandomCrop()
+        crop = BatchRandomResizedCrop() if augment == "slides" else BatchRandomCrop(padding)
         steps = [BatchRandomHorizontalFlip()] if is_folder else [crop, BatchRandomHorizontalFlip()]
     if augment == "cutout":
         steps.append(BatchCutout())

@@ -91,9 +91,8 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 def load_model(checkpoint: dict, path: str | Path, allowed: str | None = None) -> nn.Module:
-    """Return a checkpoint's network, with the attributes classes, mean, std and input_size (the
-    arguments of centre_crop). MODULE:FUNCTION is code that would run, so a checkpoint may name it
-    only if it is `allowed`. Raises UserError if it is not, or if weights do not fit."""
+    """Return a checkpoint's network, with its classes, mean, std and input_size, as centre_crop
+    takes it. Code, MODULE:FUNCTION, must be `allowed`. Raises UserError if it does not fit."""
     name = checkpoint["name"]
     if ":" in name and name != allowed:
         raise UserError(f"{path}: needs code of {name}: give --model {name} to run it")
@@ -299,8 +298,8 @@ def draw_curves(path: Path) -> Tensor:
         keys = (f"train_{name}", f"val_{name}")  # an epoch may lack a validation
         lines = [[(int(r["epoch"]), factor * float(r[k])) for r in rows if r.get(k)] for k in keys]
         x_end, y_end = (max(values) for values in zip(*lines[0], *lines[1]))
-        unit = 10.0 ** math.floor(math.log10(max(y_end, 1e-9)))
-        y_end = unit * math.ceil(y_end / unit)
+        unit = 10.0 ** math.floor(math.log10(y_end or 1))
+        y_end = unit * (math.ceil(y_end / unit) or 1)
         draw.text((left, 46), f"{title}: training as circles, validation as a line", 0, font, "ls")
         for epoch in (1, x_end):
             draw.text((left + width * epoch / x_end, bottom + 42), f"epoch {epoch}", 0, font, "ms")
@@ -315,12 +314,12 @@ def draw_curves(path: Path) -> Tensor:
                 draw.circle(place, radius, fill, "#08306b", 3)
     return TF.pil_to_tensor(picture.reduce(2))  # drawn at twice the size, for smooth lines
 
-def paint(features: Tensor, grey: Tensor) -> Image.Image:
+def paint(features: Tensor, image: Tensor) -> Image.Image:
     """Return a picture of a map (C, h, w): the first three principal components over its pixels as
-    brightness and two colours, with signs that follow the grey image (H, W)."""
+    brightness and two colours, with signs that follow the image (3, H, W)."""
     x = (features - features.mean((1, 2), keepdim=True)).flatten(1)  # (C, h w)
     y = x.T @ torch.linalg.svd(x, full_matrices=False).U[:, :3]  # (h w, 3)
-    grey = F.interpolate(grey[None, None], size=features.shape[1:], mode="area").flatten()
+    grey = F.adaptive_avg_pool2d(image.float().mean(0, True), features.shape[1:]).flatten()
     y = y * torch.where((grey - grey.mean()) @ y < 0, -1, 1)
     low, high = y.quantile(torch.tensor([0.02, 0.98]), dim=0)  # a few pixels would hide the rest
     y = ((y - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) - 0.5
@@ -343,8 +342,7 @@ def draw_features(model: nn.Module, image: Tensor) -> Tensor:
     side = maps["T1"].shape[-1] * -(-144 // maps["T1"].shape[-1])  # of a tile
     step, tiles, places = side + 28, {"image": TF.to_pil_image(image)}, [(12, 12)]
     for i, (name, (y,)) in enumerate(maps.items()):
-        title = f"{name}: {' x '.join(map(str, y.shape))}"
-        tiles[title] = paint(y.float().cpu(), image.float().mean(0))
+        tiles[f"{name}: {' x '.join(map(str, y.shape))}"] = paint(y.float().cpu(), image)
         column, row = 1.3 + (i + (i > 3)) / 2, i if i < 4 else abs(7 - i)
         places.append((12 + int(column * step), 12 + row * step))
     picture = Image.new("RGB", (max(places)[0] + side + 12, 4 * step + 12), "white")

@@ -505,8 +505,8 @@ CONFIGS = {
     "fishnet99_direct": FishNetConfig(tail_shortcut="repeat", bridge="none"),  # [S]
     "resnet50": FishNetConfig(tail_depths=(3, 4, 6, 3), body_depths=(), head_depths=()),  # [S]
     "fishnet_tiny": FishNetConfig(  # ours, for two CPU cores; see docs/results.md
-        (64, 128, 256, 256), (2, 3, 3, 2), (0, 0, 0), (0, 0, 0, 0), transfer_depths=(0,) * 7, k=8,
-        stem_depth=0, stem_stride=2, final_norm=True,
+        (32, 64, 128, 256), (1, 2, 3, 2), (0, 0, 0), (0, 0, 0, 0), transfer_depths=(0,) * 7, k=8,
+        stem_depth=0, final_norm=True,
     ),
     "fishnet99_imagenet": paper((2, 2, 6, 2), (1, 1, 1), (1, 2, 2, 0), (0, 1, 1, 1, 1, 1, 4)),
     "fishnet150_imagenet": paper((2, 4, 8, 4), (2, 2, 2), (2, 2, 4, 0), (0, 2, 2, 2, 2, 2, 4)),

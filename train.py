@@ -51,6 +51,7 @@ BASELINE = dict(  # the slides' experiment
     dataset="cifar10", model="fishnet99", model_args={}, val_fraction=0.2, augment="slides",
     epochs=100, batch_size=256, opt="adam", lr=1e-2, weight_decay=1e-4, sched="step",
     warmup_epochs=0, smoothing=0.0, patience=20, zero_init_last=False, mixed_precision=None,
+    whiten=False, padding=4,
 )  # fmt: skip
 STRONG = BASELINE | dict(
     # Without final_norm the pooled features are so large that SGD diverges at high rates.
@@ -90,6 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, help="side of a folder's crops, 224 if not given")
     add("--val-fraction", type=float, help="part of the training images kept for validation")
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
+    add("--padding", type=int, help="of the crops of --augment standard, cutout and cutmix")
     add("-j", "--workers", type=parse_workers, default="auto", help="processes that read data; "
         "auto: none for data in memory, one a core for a folder")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
@@ -97,6 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FIELD=VALUE", help="fields of FishNetConfig, such as k=4, or FUNCTION's arguments")
     add("--pretrained", type=path, metavar="PATH", help="start from these weights")
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
+    add("--whiten", action="store_true", help="freeze a first convolution that whitens patches")
     add("--epochs", type=int, help="to train, and the length of the learning rate schedule")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
     add("-b", "--batch-size", type=int, help="over all processes and accumulated parts; "
@@ -659,6 +662,22 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
         model.compile(mode="reduce-overhead" if use_graphs else None)
     return model.to(memory_format=torch.channels_last)
 
+@torch.no_grad()
+def whiten_patches(model: nn.Module, data: Data) -> None:
+    """Set and freeze the first convolution: its filters are the principal components of patches of
+    500 training images, scaled to variance 1, and their negatives. Jordan 2024, arXiv 2404.00498,
+    section 3.1."""
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    chosen = list(range(0, len(data.train), max(1, len(data.train) // 500)))[:500]
+    images = make_transform(data.mean, data.std)(data.train.__getitems__(chosen)[0])
+    patches = F.unfold(images, conv.kernel_size, stride=conv.kernel_size)  # (N, C k k, patches)
+    patches = patches.transpose(1, 2).flatten(0, 1).double()
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (values + 1e-3).sqrt()).T.flip(0)  # those of large variance first
+    filters = torch.cat([filters, -filters])[: conv.out_channels]
+    conv.weight[: len(filters)] = filters.view(-1, *conv.weight.shape[1:]).float()
+    conv.weight.requires_grad_(False)
+
 def make_run(args: argparse.Namespace) -> Run:
     """Make everything that the loop needs. Raises UserError if an argument or a file is wrong."""
     args.mixed_precision, reason = choose_precision(args)
@@ -677,6 +696,8 @@ def make_run(args: argparse.Namespace) -> Run:
                         collate_fn=collate, worker_init_fn=ignore_signals,
                         pin_memory=torch.cuda.is_available())  # fmt: skip
     model = make_model(args, len(data.classes), accelerator)
+    if args.whiten:
+        whiten_patches(model, data)
     with raise_on_all():  # DistributedDataParallel takes the main process's weights to the others
         if args.pretrained and not path and accelerator.is_main_process:
             print(load_pretrained(model, args.pretrained))
@@ -686,7 +707,7 @@ def make_run(args: argparse.Namespace) -> Run:
         optimizer=optimizer, sampler=sampler, loader=loader, state=RunState(), stop=StopSignal(),
         steps=sampler.batches // args.grad_accum_steps,  # of an epoch
         precision=f"precision {args.mixed_precision}, {reason}",
-        transform=make_transform(data.mean, data.std, args.augment, data.train),
+        transform=make_transform(data.mean, data.std, args.augment, data.train, args.padding),
         mix=BatchCutMix(len(data.classes)) if args.augment == "cutmix" else None,
         pending=[],  # results of train_step that are not in state.sums yet
         lock=None, writer=None,  # on the main process alone

@@ -145,8 +145,8 @@ def reference(
 SMALL = {"channels": (8, 18, 24, 32), "tail": (1, 2, 1, 1), "body": (1, 1, 1), "head": (1, 1, 1, 1)}
 TAIL = {"body": (), "head": ()}
 TINY = {
-    "channels": (64, 128, 256, 256), "tail": (2, 3, 3, 2), "body": (0, 0, 0), "head": (0, 0, 0, 0),
-    "k": 8, "transfer": (0,) * 7, "stem_depth": 0, "stem_stride": 2, "final_norm": True,
+    "channels": (32, 64, 128, 256), "tail": (1, 2, 3, 2), "body": (0, 0, 0), "head": (0, 0, 0, 0),
+    "k": 8, "transfer": (0,) * 7, "stem_depth": 0, "final_norm": True,
 }  # fmt: skip
 CASES = {
     "k=1": {"k": 1},

@@ -116,7 +116,7 @@ def test_layer_table_of_the_slides(run):
         ("fishnet99", {"preact": False}, 98),  # no convolution before the stem's two bottlenecks
         ("fishnet150", {}, 150), ("fishnet73", {}, 66),
         ("resnet50", {"final_norm": True}, 7 + 3 * (3 + 4 + 6 + 3)),
-        ("fishnet_tiny", {}, 1 + 3 * (2 + 3 + 3 + 2 + 1) + 2 + 7 * 3),
+        ("fishnet_tiny", {}, 1 + 3 * (1 + 2 + 3 + 2 + 1) + 2 + 7 * 3),
     ],
 )  # fmt: skip
 def test_stages_add_up_to_the_network(name, overrides, layers):

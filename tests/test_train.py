@@ -86,7 +86,7 @@ def test_flags_are_these():
     free += " checkpoint_activations output_dir checkpoint_every override log_every"
     bound = "dataset image_size val_fraction augment model zero_init_last epochs batch_size seed"
     bound += " grad_accum_steps opt lr weight_decay sched decay_epochs warmup_epochs smoothing"
-    bound += " clip_grad mixed_precision"
+    bound += " clip_grad mixed_precision padding whiten"
     assert set(train.FREE) == set(free.split())
     assert set(vars(train.parse_args([]))) == {*free.split(), *bound.split()}
 
@@ -252,7 +252,7 @@ def test_two_processes_train_like_one(cifar_dir, run_train, tmp_path):
     of two processes. It updates running statistics twice a step, so these are left out. The rate
     is small, since high ones make rounding grow."""
     flags = ["--epochs", "4", "--max-steps", "20", "--lr", "2e-4", "--clip-grad", "1"]
-    flags += ["--augment", "slides", "--model-args", "channels=(64, 128, 256, 256)", "k=8"]
+    flags += ["--augment", "slides", "--model-args", "channels=(32, 64, 128, 256)", "k=8"]
     process = start_train(cifar_dir, tmp_path / "two", *flags, processes=2)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 0, out
@@ -628,3 +628,14 @@ def test_processes_that_would_wait_for_one_another_are_refused(cifar_dir, monkey
     train.load_same_data(train.parse_args(flags), process)
     with pytest.raises(UserError, match="have different flags"):
         train.load_same_data(train.parse_args([*flags, f"--{flag}", "7"]), process)
+
+def test_whitening_makes_patches_white_and_stays_so(run_train, cifar_dir, tmp_path):
+    run_train(tmp_path, "--whiten", "--max-steps", "2", "--model-args", "channels=(64,4,4,16)")
+    loaded = data.load_data("cifar10", cifar_dir, 0.2, 0)
+    images = data.make_transform(loaded.mean, loaded.std)(loaded.train.images)
+    weight = load(tmp_path / "last.pt")["model"]["stem.0.weight"]
+    outputs = F.conv2d(images, weight, stride=3).transpose(0, 1).flatten(1)  # (64, patches)
+    products = outputs @ outputs.T / outputs.shape[1]
+    expected = torch.eye(27)
+    torch.testing.assert_close(products[:27, :27], expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(products[27:54, :27], -expected, atol=0.02, rtol=0)
