@@ -40,7 +40,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-relu = functools.partial(F.relu, inplace=True)
 max_pool = functools.partial(F.max_pool2d, kernel_size=2)
 
 class UserError(ValueError):
@@ -69,11 +68,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.preact:
-            x = self.conv1(relu(self.bn1(x)))  # (N, C_out/4, H, W)
-            x = self.conv2(relu(self.bn2(x)))  # (N, C_out/4, H, W)
-            return self.conv3(relu(self.bn3(x)))  # (N, C_out, H, W)
-        x = relu(self.bn1(self.conv1(x)))  # (N, C_out/4, H, W)
-        x = relu(self.bn2(self.conv2(x)))  # (N, C_out/4, H, W)
+            x = self.conv1(F.relu(self.bn1(x)))  # (N, C_out/4, H, W)
+            x = self.conv2(F.relu(self.bn2(x)))  # (N, C_out/4, H, W)
+            return self.conv3(F.relu(self.bn3(x)))  # (N, C_out, H, W)
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, C_out/4, H, W)
+        x = F.relu(self.bn2(self.conv2(x)))  # (N, C_out/4, H, W)
         return self.bn3(self.conv3(x))  # (N, C_out, H, W)
 
 class RepeatChannels(nn.Module):
@@ -90,13 +89,13 @@ class RepeatChannels(nn.Module):
 def norm_relu_conv(in_channels: int, out_channels: int, bias: bool = False) -> list[nn.Module]:
     """Return BN, ReLU and a 1x1 convolution."""
     conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-    return [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv]
+    return [nn.BatchNorm2d(in_channels), nn.ReLU(), conv]
 
 def squeeze_excite(channels: int, width: int, out_channels: int, bias: bool) -> list[nn.Module]:
     """Return layers that compute an attention in (0, 1), (N, C_out, 1, 1). Hu et al. 2018."""
     reduce = nn.Conv2d(channels, width, 1, bias=bias)
     expand = nn.Conv2d(width, out_channels, 1, bias=bias)
-    return [nn.AdaptiveAvgPool2d(1), reduce, nn.ReLU(inplace=True), expand, nn.Sigmoid()]
+    return [nn.AdaptiveAvgPool2d(1), reduce, nn.ReLU(), expand, nn.Sigmoid()]
 
 def make_shortcut(in_channels: int, out_channels: int, kind: str) -> nn.Module:
     """Return the identity if the width stays, else by kind: "conv", a 1x1 convolution ([S]);
@@ -116,10 +115,10 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.shortcut = make_shortcut(*widths, shortcut)
         self.branch = Bottleneck(*widths, preact, dilation)
-        self.activation = nn.Identity() if preact else nn.ReLU(inplace=True)
+        self.activation = nn.Identity() if preact else nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.branch(x).add_(self.shortcut(x)))  # in place to save a map
+        return self.activation(self.branch(x) + self.shortcut(x))
 
 def make_units(widths: Sequence[int], depth: int, preact: bool, dilation: int = 1, shortcut="conv"):
     """Return `depth` residual units. The first one changes the width and has the dilation."""
@@ -134,11 +133,11 @@ class SEResidualUnit(nn.Module):
         super().__init__()
         self.branch = Bottleneck(channels, channels, preact)
         self.se = nn.Sequential(*squeeze_excite(channels, channels // 16, channels, bias=False))
-        self.activation = nn.Identity() if preact else nn.ReLU(inplace=True)
+        self.activation = nn.Identity() if preact else nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.branch(x)  # (N, C, H, W)
-        return self.activation((branch * self.se(branch)).add_(x))
+        return self.activation(branch * self.se(branch) + x)
 
 @torch.fx.wrap  # torch.fx cannot trace a comparison of sizes
 def channel_sum(x: Tensor, k: int) -> Tensor:
@@ -166,7 +165,7 @@ class Refine(nn.Module):
         self.branch = Bottleneck(channels, channels // k, preact, dilation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x).add_(channel_sum(x, self.k))
+        return self.branch(x) + channel_sum(x, self.k)
 
 class Stage(nn.Module):
     """A stage of body or head: concatenate trunk and skip, then refine. [P] Fig. 3.
@@ -279,7 +278,7 @@ def make_stem(config: FishNetConfig) -> nn.Sequential:
     options = {"stride": config.stem_stride, "padding": size // 2, "bias": False}
     if preact or depth == 0:
         first = [nn.Conv2d(config.in_channels, c1, size, **options)]
-        first += [] if preact else [nn.BatchNorm2d(c1), nn.ReLU(inplace=True)]
+        first += [] if preact else [nn.BatchNorm2d(c1), nn.ReLU()]
     else:
         first, depth = [Bottleneck(config.in_channels, c1, preact)], depth - 1
         first[0].conv2 = nn.Conv2d(c1 // 4, c1 // 4, size, **options)
@@ -292,7 +291,7 @@ def make_tail(config: FishNetConfig, shortcut: str) -> list[nn.Sequential]:
 
 def make_pool(channels: int, final_norm: bool) -> nn.Sequential:
     """Return the last pool: (N, C, H, W) -> (N, C, 1, 1)."""
-    norm = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)] if final_norm else []
+    norm = [nn.BatchNorm2d(channels), nn.ReLU()] if final_norm else []
     return nn.Sequential(*norm, nn.AdaptiveAvgPool2d(1))
 
 def init_weights(model: nn.Module) -> None:
@@ -426,7 +425,7 @@ class AttentionBridge(nn.Module):
         self.score = nn.Sequential(*score)
         self.units = make_units((wide, channels), depth, preact=True, shortcut="norm_conv")
         attend = squeeze_excite(wide, channels // 16, channels, bias=True)
-        self.attention = nn.Sequential(nn.BatchNorm2d(wide), nn.ReLU(inplace=True), *attend)
+        self.attention = nn.Sequential(nn.BatchNorm2d(wide), nn.ReLU(), *attend)
 
     def forward(self, x: Tensor) -> Tensor:
         score = self.score(x)
@@ -462,7 +461,7 @@ class ImageNetFishNet(FishNet):
         stem, widths = [], (config.in_channels, c1 // 2, c1 // 2, c1)
         for i, stride in enumerate((2, 1, 1)):
             stem.append(nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=1, bias=False))
-            stem += [nn.BatchNorm2d(widths[i + 1]), nn.ReLU(inplace=True)]
+            stem += [nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
         self.stem = nn.Sequential(*stem, nn.MaxPool2d(3, stride=2, padding=1))
         self.t1, self.t2, self.t3, _ = make_tail(config, shortcut="norm_conv")
         self.t4 = nn.Identity()

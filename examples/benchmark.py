@@ -7,8 +7,8 @@
 
 "step" times forward pass, backward pass and an update by SGD, "forward" evaluation alone, for all
 combinations of the flags' values. "plain:NAME" is a network as a first version would run it: NCHW,
-eager, no in-place ReLUs, glibc's allocator as it comes. Each setting has its own process. They take
-turns, each for 0.2 seconds or one step; the columns are medians over these rounds:
+eager, glibc's allocator as it comes. Each setting has its own process. They take turns, each for
+0.2 seconds or one step; the columns are medians over these rounds:
 
     images/s     of whole steps, with random images that are on the device already
     forward, backward, step    milliseconds
@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -62,7 +62,6 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import fishnet
 from data import CIFAR, Data, load_data, make_transform
 from fishnet import CONFIGS, UserError, checkpoint_activations, create_model
 from flops import count, make_image
@@ -114,12 +113,8 @@ def describe(setting: Setting) -> str:
     flags = [f"--{flag.replace('_', '-')} {getattr(setting, flag)}" for flag in changed]
     return " ".join([setting.name, *flags])
 
-def make_plain(model: nn.Module) -> None:
-    """Let a network, and this process, work as in a first version."""
-    fishnet.relu = torch.relu
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
+def use_plain_allocator() -> None:
+    """Let this process allocate memory as in a first version."""
     if sys.platform == "linux":  # glibc itself arrives at these thresholds if tensors are large
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
@@ -152,7 +147,7 @@ def make_step(setting: Setting, accelerator: Accelerator) -> Callable[[], list[f
     layout = torch.channels_last if setting.channels_last == "yes" else torch.contiguous_format
     model = create_model(setting.name.removeprefix(PLAIN)).to(memory_format=layout)
     if setting.name.startswith(PLAIN):
-        make_plain(model)
+        use_plain_allocator()
     if setting.checkpoint_activations == "yes":
         checkpoint_activations(model)
     if setting.compile == "yes":  # as train.py does on one GPU

@@ -89,16 +89,6 @@ def run(monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments.split()])
     benchmark.main()
 
-def test_the_plain_network_computes_the_same_without_in_place_relus(monkeypatch, one_thread):
-    monkeypatch.setattr(fishnet, "relu", fishnet.relu)  # restored after the test
-    monkeypatch.setattr(benchmark.ctypes, "CDLL", Mock())  # this process keeps its allocator
-    model, images = fishnet.create_model("fishnet_tiny").eval(), torch.rand(2, 3, 32, 32)
-    expected = model(images)
-    benchmark.make_plain(model)
-    with benchmark.OperatorCosts() as mode:
-        torch.testing.assert_close(model(images), expected)
-    assert "relu" in mode.costs and "relu_" not in mode.costs
-
 @pytest.mark.parametrize("flag", [None, *benchmark.FLAGS])
 def test_each_flag_changes_what_is_timed(monkeypatch, flag):
     seen, called = [], []

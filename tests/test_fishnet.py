@@ -414,6 +414,14 @@ def test_features_are_the_refined_maps_of_the_stages(name):
             assert x is seen[key] and x.shape == (1, channels, 64 // stride, 96 // stride)
         assert list(model.forward_features(images)) == names[:4]
 
+@pytest.mark.parametrize(("name", "preact"), [("fishnet99", False), ("fishnet99_imagenet", True)])
+def test_every_module_takes_a_full_backward_hook(name, preact):  # as Grad-CAM tools do
+    model, called = create_model(name, **NARROW, preact=preact), set()
+    for module in model.modules():
+        module.register_full_backward_hook(lambda module, *_: called.add(module))
+    model(torch.randn(2, 3, 32, 32, requires_grad=True)).logsumexp(1).sum().backward()
+    assert called >= {module for module in model.modules() if list(module.parameters())}
+
 @pytest.mark.parametrize("name", ["fishnet99_direct", "resnet50", "fishnet99_imagenet"])
 @pytest.mark.parametrize("method", ["fx", "export", "compile"])
 def test_networks_can_be_traced(name, method):
