@@ -29,12 +29,16 @@ rebuild it for CIFAR-10, github.com/crapine1119/fishnet.
 import contextlib
 import functools
 import importlib
+import json
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -218,7 +222,7 @@ class FishNetConfig:
     body_dilations: tuple[int, ...] = (1, 2, 4)  # of the first regular unit of B4 B3 B2
     transfer_depths: tuple[int, ...] = ()  # residual units of T in B4 ... H4; () for an M in each
     in_channels: int = 3  # channels of the image
-    num_classes: int = 10  # outputs of the classifier
+    num_classes: int = 10  # outputs of the classifier; 0 for the pooled features
 
     def __post_init__(self) -> None:
         tail_alone = not self.body_depths and not self.head_depths
@@ -232,7 +236,7 @@ class FishNetConfig:
             if not valid or not all(type(value) is int and value >= least for value in values):
                 self.refuse(name, f"{length} integers of at least {least}")
             object.__setattr__(self, name, tuple(values))
-        for name, least in (("k", 1), ("stem_depth", 0), ("in_channels", 1), ("num_classes", 1)):
+        for name, least in (("k", 1), ("stem_depth", 0), ("in_channels", 1), ("num_classes", 0)):
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 self.refuse(name, f"an integer of at least {least}")
         for name, choices in (
@@ -260,7 +264,6 @@ class FishNetConfig:
 
 # A map that a network returns; a pixel of it spans `stride` pixels of the image along each side.
 Feature = namedtuple("Feature", "channels stride")
-HEAD = ("H1", "H2", "H3", "H4")
 
 @torch.fx.wrap
 def check_images(x: Tensor, config: FishNetConfig) -> None:
@@ -302,37 +305,89 @@ def init_weights(model: nn.Module) -> None:
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight)
 
-class ResNet(nn.Module):
-    """The tail alone: stem, T1 to T4, pool, classifier. [S]. images -> logits, as FishNet."""
+MODEL_CARD = """---\n{{ card_data }}\n---
+A [FishNet](https://arxiv.org/abs/1901.03495): load it by `FishNet.from_pretrained` of fishnet.py.
+config.json has its FishNetConfig, its classes, and mean and std, which normalise its images.
+"""
+
+class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
+    """What the networks share: images (N, in_channels, H, W) -> logits (N, num_classes). Raises
+    UserError if H or W is not a multiple of config.stride."""
+
+    classes = mean = std = None  # lists: names of the outputs, and what normalises the images
+
+    def add_classifier(self, width: int, bias: bool = True) -> None:
+        self.pool, self.num_features = make_pool(width, self.config.final_norm), width
+        self.fc = nn.Linear(width, n, bias) if (n := self.config.num_classes) else nn.Identity()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a new one, or with 0 classes by the identity."""
+        self.config = replace(self.config, num_classes=num_classes)
+        self.fc = type(self)(self.config).fc.to(next(self.parameters()))
+
+    def forward_features(self, x: Tensor, names: Sequence[str] = ()) -> OrderedDict[str, Tensor]:
+        """Return the maps of the named stages in the order of the names, by default the first four
+        of feature_info, which has their shapes. No stage after the last named one is computed."""
+        check_images(x, self.config)
+        names, maps = names or list(self.feature_info)[:4], {}
+        for name, y in self.forward_stages(x):
+            if name in names:
+                maps[name] = y
+            if len(maps) == len(names):
+                break
+        return OrderedDict((name, maps[name]) for name in names)
+
+    def forward_head(self, maps: OrderedDict[str, Tensor], pre_logits: bool = False) -> Tensor:
+        """Return logits of the last map, or with `pre_logits` the (N, num_features) before them."""
+        x = self.pool(list(maps.values())[-1]).flatten(1)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x, list(self.feature_info)[3:4]))  # H4 or T4
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        content = {"imagenet": isinstance(self, ImageNetFishNet), "config": asdict(self.config)}
+        content |= {name: getattr(self, name) for name in ("classes", "mean", "std")}
+        (save_directory / "config.json").write_text(json.dumps(content, indent=2))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Network":
+        """Load a network of a folder or the hub. Raises UserError if it is of another kind."""
+        folder, files = Path(name), ("config.json", "model.safetensors")
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+        content = json.loads((folder / files[0]).read_text())
+        if "imagenet" not in content:
+            raise UserError(f"{name}: expected a network of fishnet.py")
+        kind = "fishnet99_imagenet" if content["imagenet"] else "fishnet99"
+        model = create_model(kind, **content["config"])
+        model.load_state_dict(load_file(folder / files[1]))
+        model.classes, model.mean, model.std = content["classes"], content["mean"], content["std"]
+        return model.eval()
+
+class ResNet(Network):
+    """The tail alone: stem, T1 to T4, pool, classifier. [S]."""
 
     def __init__(self, config: FishNetConfig) -> None:
         super().__init__()
         self.config = config
         self.stem = make_stem(config)
         self.t1, self.t2, self.t3, self.t4 = make_tail(config, config.tail_shortcut)
-        _, c2, c3, c4 = config.channels
-        self.pool = make_pool(c4, config.final_norm)
-        self.fc = nn.Linear(c4, config.num_classes)
-        maps = enumerate((c2, c3, c4, c4))
+        self.add_classifier(config.channels[3])
+        maps = enumerate((*config.channels[1:], config.channels[3]))
         self.feature_info = {f"T{i + 1}": Feature(c, config.stem_stride << i) for i, c in maps}
         init_weights(self)
 
-    def forward_features(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the maps of the tail, each before its pool, from high to low resolution."""
-        check_images(x, self.config)
-        t1 = self.t1(self.stem(x))  # (N, c2, H, W)
-        t2 = self.t2(max_pool(t1))  # (N, c3, H/2, W/2)
-        t3 = self.t3(max_pool(t2))  # (N, c4, H/4, W/4)
-        t4 = self.t4(max_pool(t3))  # (N, c4, H/8, W/8)
-        return OrderedDict(T1=t1, T2=t2, T3=t3, T4=t4)
+    def forward_stages(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the map of each stage, before its pool."""
+        y = self.stem(x)  # (N, c1, H, W)
+        for i, stage in enumerate((self.t1, self.t2, self.t3, self.t4)):
+            y = stage(max_pool(y) if i else y)  # (N, c2, H, W) ... (N, c4, H/8, W/8)
+            yield f"T{i + 1}", y
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.pool(self.forward_features(x)["T4"]).flatten(1))
-
-class FishNet(nn.Module):
-    """Tail, body and head, as in the table at the top of this file. [P] Fig. 2, [S].
-    images (N, in_channels, H, W) -> logits (N, num_classes). Raises UserError if H or W is not a
-    multiple of config.stride. Sizes in the comments are relative to the stem's output."""
+class FishNet(Network):
+    """Tail, body and head. [P] Fig. 2, [S]. Sizes in comments are relative to the stem's output."""
 
     b4_has_skip = True
 
@@ -344,7 +399,7 @@ class FishNet(nn.Module):
         self.add_tail(config)
         stages = (self.make_stage(config, i, trunk[i], skip[i]) for i in range(7))
         self.b4, self.b3, self.b2, self.h1, self.h2, self.h3, self.h4 = stages
-        self.add_classifier(config, width)
+        self.add_classifier(width, bias=False)
         stride, head = config.stem_stride, [*trunk[4:], width]
         self.feature_info = {f"H{i + 1}": Feature(head[i], stride << i) for i in range(4)}
         self.feature_info |= {f"B{i + 1}": Feature(trunk[4 - i], stride << i) for i in (1, 2, 3)}
@@ -366,10 +421,6 @@ class FishNet(nn.Module):
         else:
             transfer = Bottleneck(skip, skip, config.preact)
         return Stage(regular, transfer, Refine(trunk + skip, k, config.preact))
-
-    def add_classifier(self, config: FishNetConfig, width: int) -> None:
-        self.pool = make_pool(width, config.final_norm)
-        self.fc = nn.Linear(width, config.num_classes, bias=False)
 
     def forward_tail(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return x1, x2, x3, x4 and the bridge."""
@@ -396,21 +447,6 @@ class FishNet(nn.Module):
         yield "H3", y
         _, y = self.h4(max_pool(y), x4)  # cat(down(H3), x4), at H/8 x W/8
         yield "H4", y
-
-    def forward_features(self, x: Tensor, names: Sequence[str] = HEAD) -> OrderedDict[str, Tensor]:
-        """Return the refined maps of the named stages, of B4 ... H4, in the order of the names.
-        feature_info has their shapes. Stages after the last one that is named are not computed."""
-        check_images(x, self.config)
-        maps = {}
-        for name, y in self.forward_stages(x):
-            if name in names:
-                maps[name] = y
-            if len(maps) == len(names):
-                break
-        return OrderedDict((name, maps[name]) for name in names)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.pool(self.forward_features(x, ("H4",))["H4"]).flatten(1))
 
 # -------------------------------------------------------------- the paper's networks for ImageNet
 
@@ -479,10 +515,10 @@ class ImageNetFishNet(FishNet):
         kind = Stage if skip else StageWithoutSkip
         return kind(nn.Identity(), transfer, nn.Sequential(*refine))
 
-    def add_classifier(self, config: FishNetConfig, width: int) -> None:
-        reduce = norm_relu_conv(width, width // 2)
-        self.pool = nn.Sequential(*reduce, *make_pool(width // 2, final_norm=True))
-        self.fc = nn.Linear(width // 2, config.num_classes)
+    def add_classifier(self, width: int, bias: bool) -> None:
+        reduce = norm_relu_conv(width, width // 2)  # first, so that a seed draws the same weights
+        super().add_classifier(width // 2)
+        self.pool = nn.Sequential(*reduce, *self.pool)
 
     def forward_tail(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return x1, x2, x3, and the bridge in two places: H4 takes it instead of x4."""
@@ -534,6 +570,23 @@ def create_model(name: str, /, **overrides: object) -> nn.Module:
         return ImageNetFishNet(config)
     return FishNet(config) if config.head_depths else ResNet(config)
 
+PARTS = {"tail": "stem t1 t2 t3 t4 bridge", "body": "b4 b3 b2", "head": "h1 h2 h3 h4 pool"}
+
+def stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
+
+def freeze(model: nn.Module, parts: str) -> None:
+    """Train parts no longer, such as "tail,body" or "t1,t2": without gradients, and with batch norm
+    in evaluation mode for good. Raises UserError if the model has no such part."""
+    for part in parts.split(","):
+        names = PARTS.get(part, part).split()
+        modules = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
+        if not modules:
+            raise UserError(f"freeze={parts}: the network has no part {part!r}")
+        for module in modules:
+            module.requires_grad_(False).eval()
+            module.train = functools.partial(stay_in_evaluation, module)
+
 def zero_init_last(model: nn.Module) -> None:
     """Zero the last layer of each branch: units start as shortcuts. Goyal et al. 2017, 5.1."""
     for module in model.modules():
@@ -550,8 +603,7 @@ class FishNetFPN(nn.Module):
         super().__init__()
         self.model = model
         self.out_channels = out_channels
-        for unused in (model.pool, model.fc):
-            unused.requires_grad_(False)  # DistributedDataParallel would wait for their gradients
+        freeze(model, "pool,fc")  # unused: DistributedDataParallel would wait for their gradients
         widths = [feature.channels for feature in list(model.feature_info.values())[:4]]
         self.fpn = FeaturePyramidNetwork(widths, out_channels, LastLevelMaxPool(), nn.BatchNorm2d)
 
@@ -587,9 +639,8 @@ def checkpoint_activations(model: nn.Module) -> None:
     2016, arXiv 1604.06174. Raises UserError if the model contains no network of this file."""
     parts = []
     for module in model.modules():
-        if isinstance(module, (FishNet, ResNet)):
-            names = ("stem", "t1", "t2", "t3", "t4", "bridge")
-            parts += [part for name, part in module.named_children() if name in names]
+        if isinstance(module, Network):
+            parts += [m for name, m in module.named_children() if name in PARTS["tail"].split()]
         elif isinstance(module, Stage):
             parts += module.children()
     if not parts:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import convert_weights
@@ -21,8 +22,8 @@ from torch import nn
 from torchvision.models.detection import MaskRCNN
 
 import train
-from evaluate import load_pretrained
-from fishnet import FishNetFPN, UserError, create_model
+from evaluate import load_model, load_pretrained
+from fishnet import FishNet, FishNetFPN, UserError, create_model
 
 README = (ROOT / "README.md").read_text()
 GOLDEN = json.loads(Path(__file__).with_name("golden_pretrained.json").read_text())
@@ -268,29 +269,60 @@ def test_a_detector_trains_and_detects():
         found = model.eval()(list(images))
     assert all(x["boxes"].shape[1:] == (4,) and x["masks"].shape[2:] == (64, 64) for x in found)
 
-def test_a_head_on_the_finest_map_segments_without_the_later_stages(tmp_path):
+def train_segmentation(rank: int, folder: Path) -> None:
+    """Train a head on H1 in one of two processes; save losses and weights."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, calls = create_model("fishnet_tiny"), set()
-    for name, stage in model.named_children():
-        stage.register_forward_hook(lambda *_, name=name: calls.add(name))
-        stage.requires_grad_(name not in ("h2", "h3", "h4", "pool", "fc"))
+    model = create_model("fishnet_tiny")
+    del model.h2, model.h3, model.h4, model.pool, model.fc  # DDP would wait for their gradients
     model.head = nn.Conv2d(model.feature_info["H1"].channels, 1, 1)
     model.forward = lambda x: model.head(model.forward_features(x, names=("H1",))["H1"])
-    images, targets = zip(*(draw_scene(seed) for seed in range(4)))
-    images, masks = torch.stack(images), torch.stack([target["masks"] for target in targets])
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:  # DistributedDataParallel raises if a weight that is not frozen gets no gradient
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for _ in range(20):
-            scores = F.interpolate(wrapped(images), scale_factor=2)
-            optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(scores, masks).backward()
-            optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
-    assert calls == {"stem", "t1", "t2", "t3", "t4", "bridge", "b4", "b3", "b2", "h1"}
-    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    found, truth = scores > 0, masks > 0
-    assert (found & truth).sum() > 0.6 * (found | truth).sum()
+    image, target = draw_scene(rank)
+    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for _ in range(8):
+        scores = F.interpolate(wrapped(image[None]), scale_factor=2)
+        losses.append(F.binary_cross_entropy_with_logits(scores, target["masks"][None]))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    torch.save((torch.stack(losses), list(model.parameters())), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+def test_a_head_on_the_finest_map_trains_in_two_processes(tmp_path):
+    start = "start_processes(train_segmentation, (Path(sys.argv[1]),), 2, start_method='fork')"
+    code = f"from test_backbone import *; torch.multiprocessing.{start}"  # imports once, then forks
+    process = start_python(1, "-c", code, tmp_path, cwd=ROOT / "examples")
+    assert "Error" not in process.communicate(timeout=300)[0]
+    (losses, one), (others, two) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert losses[-1] < losses[0] / 2 and others[-1] < others[0] / 2
+    assert all(map(torch.equal, one, two))
+
+@pytest.mark.parametrize("name", ["fishnet99", "fishnet99_imagenet", "resnet50"])
+def test_networks_are_saved_for_the_hub_with_their_labels(name, tmp_path, monkeypatch):
+    labels = {"classes": ["dog", "café"], "mean": [0.1, 0.2, 0.3], "std": [0.7, 0.8, 0.9]}
+    source = create_model(name, channels=(16, 32, 64, 128), num_classes=2)
+    checkpoint = {"name": name, "config": asdict(source.config), "model": source.state_dict()}
+    model, images = load_model(checkpoint | labels).eval(), torch.randn(2, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("fishnet.snapshot_download", lambda *_, **options: tmp_path)
+    for found in map(FishNet.from_pretrained, (tmp_path, "somebody/network")):
+        assert torch.equal(found(images), model(images)) and found.config == model.config
+        assert {key: getattr(found, key) for key in labels} == labels
+    assert "FishNet.from_pretrained" in (tmp_path / "README.md").read_text()
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
+    with pytest.raises(UserError, match=r"expected a network of fishnet\.py"):
+        FishNet.from_pretrained(tmp_path)
+
+@pytest.mark.parametrize("name", ["fishnet99", "fishnet99_imagenet", "resnet50"])
+def test_onnxruntime_computes_the_same_logits_for_any_batch_and_size(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime, dim = pytest.importorskip("onnxruntime"), torch.export.Dim
+    model = create_model(name, channels=(16, 32, 64, 128), tail_depths=(1, 1, 1, 1)).eval()
+    stride, path = model.config.stride, tmp_path / "model.onnx"
+    shape = {0: dim("n"), 2: stride * dim("h"), 3: stride * dim("w")}
+    images = torch.randn(5, 3, 3 * stride, 2 * stride)
+    torch.onnx.export(model, (images[:2].mT,), path, input_names=["x"], dynamic_shapes=(shape,))
+    (logits,) = onnxruntime.InferenceSession(path).run(None, {"x": images.numpy()})
+    np.testing.assert_allclose(logits, model(images).detach(), rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fishnet import CONFIGS, FrozenStatistics, Refine, ResidualUnit, SEResidualUnit
 from fishnet import Stage, UserError, channel_plan, channel_sum, checkpoint_activations
-from fishnet import create_model, zero_init_last
+from fishnet import create_model, freeze, zero_init_last
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 NARROW = {"channels": (16, 32, 64, 128), "k": 2}
@@ -407,12 +407,29 @@ def test_features_are_the_refined_maps_of_the_stages(name):
         refine.register_forward_hook(lambda m, inputs, output, key=key: seen.update({key: output}))
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        maps = model.forward_features(images, *([] if name == "resnet50" else [names]))
+        maps = model.forward_features(images, names)
         assert list(maps) == names
         for key, x in maps.items():
             channels, stride = model.feature_info[key]
             assert x is seen[key] and x.shape == (1, channels, 64 // stride, 96 // stride)
         assert list(model.forward_features(images)) == names[:4]
+        for i, key in enumerate(order := list(seen)):  # later stages are not computed
+            seen.clear()
+            assert list(model.forward_features(images, (key,))) == [key]
+            assert list(seen) == order[: i + 1]
+
+@pytest.mark.parametrize("name", ["fishnet99", "fishnet99_imagenet", "resnet50"])
+def test_without_classes_the_network_returns_what_the_classifier_gets(name):
+    model, images = create_model(name, **NARROW).eval(), torch.randn(2, 3, 32, 32)
+    bare = copy.deepcopy(model)
+    bare.reset_classifier(0)
+    with torch.no_grad():
+        pooled, logits, maps = bare(images), model(images), model.forward_features(images)
+        torch.testing.assert_close(F.linear(pooled, model.fc.weight, model.fc.bias), logits)
+        assert torch.equal(model.forward_head(maps), logits)
+        assert torch.equal(model.forward_head(maps, pre_logits=True), pooled)
+    model.double().reset_classifier(5)
+    assert model(images.double()).shape == (2, 5) and pooled.shape == (2, model.num_features)
 
 @pytest.mark.parametrize(("name", "preact"), [("fishnet99", False), ("fishnet99_imagenet", True)])
 def test_every_module_takes_a_full_backward_hook(name, preact):  # as Grad-CAM tools do
@@ -421,6 +438,17 @@ def test_every_module_takes_a_full_backward_hook(name, preact):  # as Grad-CAM t
         module.register_full_backward_hook(lambda module, *_: called.add(module))
     model(torch.randn(2, 3, 32, 32, requires_grad=True)).logsumexp(1).sum().backward()
     assert called >= {module for module in model.modules() if list(module.parameters())}
+
+def test_frozen_parts_stay_as_they_are():
+    model = create_model("fishnet99_imagenet", **NARROW).double()
+    freeze(model, "tail,b4,b2")
+    trained = copy.deepcopy(model).train()
+    train_three_steps(trained)
+    pairs = zip(trained.state_dict().items(), model.state_dict().values())
+    changed = {key.partition(".")[0] for (key, value), before in pairs if not value.equal(before)}
+    assert changed == {"b3", "h1", "h2", "h3", "h4", "pool", "fc"}
+    with pytest.raises(UserError, match="freeze=stem,neck: the network has no part 'neck'"):
+        freeze(model, "stem,neck")
 
 @pytest.mark.parametrize("name", ["fishnet99_direct", "resnet50", "fishnet99_imagenet"])
 @pytest.mark.parametrize("method", ["fx", "export", "compile"])
