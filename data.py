@@ -2,7 +2,8 @@
 
     python data.py --dataset shapes --grid grid.png     # the first images, raw and augmented
     python data.py --dataset cifar10 --stats            # mean, std, principal components of pixels
-    python data.py --dataset folder --data-dir DIR --check    # list images that cannot be read
+    python data.py --dataset folder --data-dir DIR --check    # counts, and unreadable images
+    python data.py --dataset folder --data-dir DIR --time     # images/s, ours and ImageFolder's
 
 Images stay uint8 (N, 3, H, W) until a batch is on its device, where a transform scales, augments
 and normalises it. All randomness follows from numbers that a checkpoint knows: the order of an
@@ -17,8 +18,10 @@ import os
 import pickle
 import signal
 import sys
+import time
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +31,14 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 
 from fishnet import UserError
 
@@ -57,13 +63,15 @@ IMAGENET_EIGENVECTORS = torch.tensor(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
 CENTRE_RATIO = 0.875  # validation sees this part of the short side of a folder's image
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
+FOREIGN = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
 
 class ImageSet(Dataset):
     """Images uint8 (N, 3, H, W) in memory, and their labels int64 (N,)."""
     epoch: int | None = None  # a FolderSet crops by it
+    passed_over = Counter()  # of files by suffix, in a FolderSet
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -204,17 +212,72 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
 warnings.filterwarnings("ignore", module="PIL")  # of broken metadata
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # by default, 1 MB of metadata refuses an image
 
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file, and name it in the error of any decoder."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            yield image
+    except Exception as error:  # decoders raise many kinds for damaged files
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+
 def read_image(path: str | Path) -> Tensor:
     """Return an image file as a viewer shows it: uint8 RGB (3, H, W). This is the first frame,
     turned as EXIF says. Grey of 12 or 16 bits is scaled to 8, transparent pixels lie on white,
     other colours become RGB by Pillow's formulas. Raises UserError, naming the file, if it cannot
     be decoded or has values without an agreed white."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return TF.pil_to_tensor(convert_to_rgb(image))
-    except Exception as error:  # decoders raise many kinds for damaged files
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+    with open_image(path) as image:
+        return decode(image)
+
+def decode(image: Image.Image) -> Tensor:
+    """Decode an opened image file to uint8 RGB (3, H, W)."""
+    if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
+        image.fp.seek(0)
+        content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError, AttributeError):  # Pillow reads it, or says why not
+            return torch.ops.image.decode_jpeg(content, 3, True)  # as RGB, turned; faster
+    return TF.pil_to_tensor(convert_to_rgb(image))
+
+def read_crop(path: str | Path, size: int, ratio: float = CENTRE_RATIO,
+              seeds: tuple[int, int, int] | None = None) -> Tensor:  # fmt: skip
+    """Return a crop of an image file, uint8 (3, size, size): with `seeds` a random one, otherwise
+    that of centre_crop. A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if the crop still has
+    `size` pixels. Raises UserError as read_image does."""
+    with open_image(path) as image:
+        turn, sides = 1, image.size[::-1]
+        with contextlib.suppress(Exception):  # broken EXIF raises many kinds
+            turn = image.getexif().get(0x0112, 1)  # 1 is upright, 5 to 8 lie on a side
+        height, width = sides[::-1] if turn in (5, 6, 7, 8) else sides
+        box = draw_box(height, width, seeds) if seeds else find_centre(height, width, size, ratio)
+        scales = [s for s in (8, 4, 2) if min(box[2:]) >= s * size]
+        if turn != 1:  # part of a pixel, where s does not divide a side, may not come first
+            scales = [s for s in scales if width % s == height % s == 0]
+        if scales and isinstance(image, JpegImageFile):
+            image.decodermaxblock = 2**22  # read the file at once
+            image.draft(None, [side // scales[0] for side in image.size])
+            top, left, rows, columns = (side / scales[0] for side in box)
+            box = left, top, left + columns, top + rows
+            image = convert_to_rgb(image).resize([size] * 2, Image.Resampling.BILINEAR, box)
+            return TF.pil_to_tensor(image)
+        image = decode(image)
+    if not seeds:
+        return centre_crop(image, size, ratio)
+    crop = TF.crop(image[None], *box).contiguous(memory_format=torch.channels_last)
+    return nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+
+def draw_box(height: int, width: int, seeds: tuple[int, int, int]) -> tuple[int, ...]:
+    """Draw top, left, height and width of a crop like torchvision's RandomResizedCrop."""
+    image = torch.empty(1, height, width, device="meta")
+    with seeded(*seeds):
+        return transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+
+def find_centre(height: int, width: int, size: int, ratio: float) -> list[float]:
+    """Return top, left, height and width of what centre_crop shows of an image."""
+    sides, short = (height, width), round(size / ratio)
+    resized = [int(short * side / min(sides)) for side in sides]
+    start = [round((new - size) / 2) * side / new for side, new in zip(sides, resized)]
+    return [*start, *(size * side / new for side, new in zip(sides, resized))]
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image file."""
@@ -241,40 +304,56 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-class FolderSet(ImageFolder):
+def refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: {error.strerror}; make it readable, or remove it")
+
+def list_files(folder: Path) -> list[str]:
+    """Return the files in a folder and the folders inside, without hidden and foreign ones."""
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "." and name not in FOREIGN]
+        files += [os.path.join(parent, name) for name in names if name[0] != "."]
+    return sorted(files, key=os.path.split)
+
+def tell_apart(names: Sequence[str]) -> list[str]:
+    """Escape names that look alike because they differ only in their Unicode normal form."""
+    forms = [unicodedata.normalize("NFC", name) for name in names]
+    return [ascii(name) if forms.count(form) > 1 else name for name, form in zip(names, forms)]
+
+class FolderSet(Dataset):
     """Images of root/<class>/**, read and cropped when they are asked for; labels int64 (N,). An
     image is uint8 (3, size, size): the centre while `epoch` is None, else a random crop that
-    follows from (seed, epoch, index) alone. Names that begin with a dot are left out."""
+    follows from (seed, epoch, index) alone. `passed_over` counts what is no image, by suffix."""
     epoch: int | None = None
 
     def __init__(self, root: Path, size: int, ratio: float, seed: int) -> None:
         if not root.is_dir():
             raise UserError(f"{root}: not there; expected a folder of images for each class in it")
-        self.size, self.ratio, self.seed = size, ratio, seed
-        super().__init__(root, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
-        self.labels = torch.tensor(self.targets, dtype=torch.int64)
-        counts = self.labels.bincount(minlength=len(self.classes)).tolist()
-        if 0 in counts:
-            empty, suffixes = root / self.classes[counts.index(0)], " ".join(IMAGE_SUFFIXES)
-            raise UserError(f"{empty}: no images ({suffixes}); fill or remove this folder")
+        self.root, self.size, self.ratio, self.seed = root, size, ratio, seed
+        folders = next(os.walk(root, onerror=refuse))[1]
+        self.classes = sorted(n for n in folders if n[0] != "." and n not in FOREIGN)
+        self.passed_over = Counter(f"folder {name}" for name in folders if name in FOREIGN)
+        if len(self.classes) < 2:
+            raise UserError(f"{root}: {len(self.classes)} folders, expected one for each class")
+        self.samples = []
+        for label, name in enumerate(self.classes):
+            files = list_files(root / name)
+            images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+            if not images:
+                found = f"no images such as .jpg in {len(files)} files"
+                raise UserError(f"{root / name}: {found}; fill or remove this folder")
+            self.samples += [(file, label) for file in images]
+            others = set(files) - set(images)
+            self.passed_over.update(Path(file).suffix.lower() or "no suffix" for file in others)
+        self.labels = torch.tensor([label for _, label in self.samples])
 
-    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        names = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and p.name[0] != ".")
-        if len(names) < 2:
-            raise UserError(f"{directory}: {len(names)} folders, expected one for each class")
-        return names, {name: label for label, name in enumerate(names)}
-
-    def is_image(self, path: str) -> bool:
-        parts = Path(path).relative_to(self.root).parts
-        return path.lower().endswith(IMAGE_SUFFIXES) and all(part[0] != "." for part in parts)
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = self.loader(self.samples[index][0])
-        if self.epoch is None:
-            return centre_crop(image, self.size, self.ratio), self.labels[index]
-        with seeded(self.seed, self.epoch, index):
-            box = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-        return TF.resized_crop(image, *box, [self.size] * 2, antialias=True), self.labels[index]
+        seeds = None if self.epoch is None else (self.seed, self.epoch, index)
+        path = self.samples[index][0]
+        return read_crop(path, self.size, self.ratio, seeds), self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return tuple(torch.stack(parts) for parts in zip(*(self[index] for index in indices)))
@@ -296,8 +375,9 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: fl
     for split in ("valid", "val", "test"):
         if (root / split).exists():
             images = FolderSet(root / split, size, ratio, seed)
-            if other := sorted(set(images.classes) ^ set(train.classes)):
+            if other := tell_apart(sorted(set(images.classes) ^ set(train.classes))):
                 raise UserError(f"{root / split}: other classes than train: {', '.join(other)}")
+            train.passed_over.update(images.passed_over)
             splits["val" if split == "valid" else split] = images
     splits.setdefault("test", train.subset(torch.arange(0)))
     if "val" not in splits:
@@ -563,8 +643,7 @@ def pick_examples(labels: Tensor, count: int) -> list[int]:
     return order[turn.argsort(stable=True)][:count].tolist()
 
 def augment_first(data: Data, augment: str, seed: int = 0) -> Tensor:
-    """Return 64 training images of all classes as epoch 0 may show them, float (N, 3, H, W). They
-    are those of pick_examples."""
+    """Return pick_examples' 64 training images as epoch 0 may show them, float (N, 3, H, W)."""
     data.train.epoch = None if augment == "none" else 0
     images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
     with seeded(seed):
@@ -574,21 +653,19 @@ def augment_first(data: Data, augment: str, seed: int = 0) -> Tensor:
     return images.clamp(0, 1)
 
 def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
-    """Draw images uint8 (N, 3, H, W), N > 0, in rows of eight with a caption below each: uint8
-    (3, H', W'). Small images are enlarged by a whole number. A caption may have several lines, and
-    is cut at its image's width. Pillow's font has the letters of English alone."""
+    """Draw images uint8 (N, 3, H, W) in rows of eight with a caption below each: uint8 (3, H', W').
+    Images below 96 pixels are enlarged by a whole number. Captions may have several lines, and are
+    cut at the width of an image. The font has English letters; others lose their accents."""
     scale = -(-96 // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     font, (height, width) = ImageFont.load_default(size=12), images.shape[-2:]
     columns, below = min(len(images), 8), 4 + 14 * max(text.count("\n") + 1 for text in captions)
-    rows = -(-len(images) // columns)
-    picture = Image.new("RGB", (columns * (width + 8), rows * (height + below) + 4), "white")
-    draw = ImageDraw.Draw(picture)
+    size = columns * (width + 8), -(-len(images) // columns) * (height + below) + 4
+    draw = ImageDraw.Draw(picture := Image.new("RGB", size, "white"))
     for i, (image, text) in enumerate(zip(images, captions, strict=True)):
         x, y = 4 + i % columns * (width + 8), 4 + i // columns * (height + below)
         picture.paste(TF.to_pil_image(image), (x, y))
-        letters = unicodedata.normalize("NFKD", text)  # accents become characters of their own
-        text = "".join(letter for letter in letters if not unicodedata.combining(letter))
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
         for row, line in enumerate(text.split("\n")):
             while font.getlength(line) > width:
                 line = line[:-1]
@@ -600,19 +677,23 @@ def save_grid(data: Data, augment: str, path: Path) -> None:
     images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
     names = [data.classes[label] for label in labels.tolist()]
     augmented = (augment_first(data, augment) * 255).round().byte()
-    halves = torch.cat([draw_grid(images, names), draw_grid(augmented, names)], 2)
-    picture = ImageOps.expand(TF.to_pil_image(halves), (0, 20, 0, 0), "white")
-    for half, title in enumerate(("as in validation", "augmented")):
-        place, font = (4 + half * picture.width // 2, 4), ImageFont.load_default(size=14)
-        ImageDraw.Draw(picture).text(place, title, "black", font)
-    picture.save(path, "PNG")
+    halves = (images, "as in validation"), (augmented, "augmented")
+    halves = [draw_grid(half, [f"{name}\n{kind}" for name in names]) for half, kind in halves]
+    TF.to_pil_image(torch.cat(halves, 2)).save(path, "PNG")
+
+def count_images(data: Data) -> list[str]:
+    """Return lines that say how many images each class and split has, and what was passed over."""
+    splits, names = (data.train, data.val, data.test), tell_apart(data.classes)
+    counts = torch.stack([images.labels.bincount(minlength=len(names)) for images in splits], 1)
+    rows = [*zip(counts.tolist(), names), (counts.sum(0).tolist(), "all classes")]
+    lines = [f"{train:>9}{val:>9}{test:>9}  {name:.68}" for (train, val, test), name in rows]
+    others = sorted(data.train.passed_over.items(), key=lambda item: (-item[1], item[0]))
+    others = ", ".join(f"{count} {what}" for what, count in others)
+    return ["    train      val     test", *lines, *([f"passed over: {others}"] if others else [])]
 
 def print_stats(data: Data) -> None:
     """Print counts, and the mean, std and principal components that training uses."""
-    print(f"{len(data.train)} training images, {len(data.test)} test images")
-    counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
-    for name, count in zip(data.classes, counts):
-        print(f"{count:>9}  {name:.68}")
+    print(*count_images(data), sep="\n")
     *_, pca, _ = make_transform(data.mean, data.std, "slides", data.train).transforms
     components = zip(pca.eigenvalues.tolist(), pca.eigenvectors.T.tolist())
     rows = [(f"eigenvalue {value:.4f}, eigenvector", vector) for value, vector in components]
@@ -635,6 +716,27 @@ def print_faults(data: Data) -> int:
     print(*faults, f"{len(files)} images, {len(faults)} of them cannot be read", sep="\n")
     return len(faults)
 
+def print_speed(data: Data) -> None:
+    """Print images/s on one thread of our crops and ImageFolder's, in turns, for 10 s each kind."""
+    torch.set_num_threads(1)
+    train, size = data.train, data.train.size
+    examples = [(i, train.samples[i][0]) for i in pick_examples(train.labels, 64)]
+    for _, path in examples:
+        Path(path).read_bytes()  # now they are in memory
+    centre = [transforms.Resize(round(size / train.ratio)), transforms.CenterCrop(size)]
+    for train.epoch, steps in ((0, [transforms.RandomResizedCrop(size)]), (None, centre)):
+        transform = transforms.Compose([*steps, transforms.PILToTensor()])
+        times = [time.perf_counter()]
+        while times[-1] < times[0] + 10:
+            index, path = examples[len(times) // 2 % len(examples)]
+            train[index]
+            times.append(time.perf_counter())
+            transform(pil_loader(path))
+            times.append(time.perf_counter())
+        ours, theirs = 1 / np.diff(times).reshape(-1, 2).mean(0)
+        print(f"{type(steps[-1]).__name__}: {ours:.1f} images/s, ImageFolder with Pillow "
+              f"{theirs:.1f}, ratio {ours / theirs:.2f}")  # fmt: skip
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at a dataset.")
     add = parser.add_argument
@@ -643,19 +745,24 @@ def main() -> None:
     add("--augment", choices=AUGMENTS, default="slides", help="for --grid")
     add("--grid", metavar="PNG", help="write the first images, raw and augmented")
     add("--stats", action="store_true", help="print mean, std and principal components of pixels")
-    add("--check", action="store_true", help="list a folder's unreadable images")
+    add("--check", action="store_true", help="count a folder's images, list unreadable ones")
+    add("--time", action="store_true", help="images/s of a folder, ours and ImageFolder's")
     args = parser.parse_args()
-    if not (args.grid or args.stats or args.check):
-        parser.error("nothing to do: give --grid PNG, --stats or --check")
-    if args.check and args.dataset != "folder":
-        parser.error("--check: give --dataset folder")
+    if not (args.grid or args.stats or args.check or args.time):
+        parser.error("nothing to do: give --grid PNG, --stats, --check or --time")
+    if (args.check or args.time) and args.dataset != "folder":
+        parser.error("--check and --time: give --dataset folder")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         data = load_data(args.dataset, args.data_dir, val_fraction=0)
         if args.grid:
             save_grid(data, args.augment, Path(args.grid).expanduser())
         if args.stats:
             print_stats(data)
+        if args.time:
+            print_speed(data)
         if args.check:
+            print(*count_images(data), sep="\n")
             sys.exit(min(print_faults(data), 1))
     except (UserError, OSError) as error:
         sys.exit(f"data.py: {error}")

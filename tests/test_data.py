@@ -444,7 +444,7 @@ def test_grid_draws_all_classes_raw_and_augmented(run, tmp_path, augment):
     for i in (0, 7, 63):
         index = (shapes.labels == i % 10).nonzero()[i // 10, 0]
         expected = shapes.images[index].numpy().transpose(1, 2, 0).repeat(3, 0).repeat(3, 1)
-        y, x = 24 + i // 8 * 114, 4 + i % 8 * 104
+        y, x = 4 + i // 8 * 128, 4 + i % 8 * 104
         raw, augmented = (picture[y : y + 96, x + right : x + right + 96] for right in (0, 832))
         assert (raw == expected).all() and (augmented == expected).all() == (augment == "none")
 
@@ -457,11 +457,10 @@ def test_captions_are_below_their_images_and_cut_at_their_width():
     images = torch.zeros(9, 3, 40, 50, dtype=torch.uint8)
     texts = "\n", "\u00ef" * 99 + "\n" + "W" * 99, "i" * 99 + "\n" + "W" * 99
     blank, named, plain = (data.draw_grid(images, [text] * 8 + [""]) for text in texts)
-    assert blank.shape == (3, 4 + 2 * (80 + 4 + 14 * 2), 8 * (100 + 8))
-    assert torch.equal(named, plain)
     changed = (blank != named).any(0)
+    assert torch.equal(named, plain) and changed.shape == (4 + 2 * (80 + 4 + 14 * 2), 8 * 108)
     assert changed.sum() > 500 and not changed[:84].any() and not changed[112:].any()
-    assert not changed.reshape(228, 8, 108)[:, :, 104:].any()
+    assert not changed.reshape(-1, 8, 108)[:, :, 104:].any()
 
 def test_stats_are_what_numpy_finds(run):
     output = run("--stats")
@@ -471,10 +470,10 @@ def test_stats_are_what_numpy_finds(run):
         np.testing.assert_allclose([float(v) for v in line.split()], expected, atol=6e-5)
     eigenvalues = [float(v) for v in re.findall(r"^eigenvalue (\S+),", output, re.MULTILINE)]
     np.testing.assert_allclose(eigenvalues, np.linalg.eigvalsh(np.cov(values))[::-1], atol=2e-4)
-    assert "300 training images, 20 test images" in output and "       30  half disc" in output
+    assert "       30        0        2  half disc\n" in output
 
 @pytest.mark.parametrize("arguments, fragment", [
-    ((), "give --grid PNG, --stats or --check"), (("--check",), "give --dataset folder"),
+    ((), "give --grid PNG, --stats, --check or --time"), (("--check",), "give --dataset folder"),
     (("--grid", "missing/a.png"), "missing/a.png"),
 ])  # fmt: skip
 def test_wrong_commands_are_one_line(run, tmp_path, monkeypatch, capsys, arguments, fragment):

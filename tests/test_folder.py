@@ -1,17 +1,21 @@
 """Test folders of images, from the files to a trained network, against torchvision and numpy."""
 
+import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import start_train
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from test_train import assert_same, load
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -68,15 +72,33 @@ def test_the_layout_is_read(tmp_path):
 def remove(*names):
     return lambda root: [shutil.rmtree(root / name) for name in names]
 
+def test_what_is_passed_over_is_counted_by_suffix(copy):
+    draw(copy / "train" / "lost+found" / "0.png")
+    draw(copy / "train" / "apple" / "__MACOSX" / "0.png")
+    for name in ("train/apple/1.HEIC", "train/banana/2.heic", "val/apple/notes", "val/apple/3.txt"):
+        (copy / name).touch()
+    _, *rows, total, others = data.count_images(load_data("folder", copy))
+    assert [row.split(maxsplit=3) for row in rows] == [["8", "3", "0", name] for name in COLOURS]
+    assert total.split(maxsplit=3) == ["24", "9", "0", "all classes"]
+    assert others == "passed over: 2 .heic, 1 .txt, 1 folder lost+found, 1 no suffix"
+
+def test_a_folder_that_cannot_be_read_is_named(copy, monkeypatch):
+    error = PermissionError(13, "Permission denied", "shut")  # root may read all folders
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=error))
+    with pytest.raises(UserError, match="^shut: Permission denied; "):
+        load_data("folder", copy)
+
 @pytest.mark.parametrize("change, fragment", [
     (remove("train"), "/train: not there; expected a folder of images for each class"),
     (remove("train/apple", "train/banana"), "/train: 1 folders"),
-    (lambda root: (root / "train" / "date").mkdir(), r"/train/date: no images \(.*\.jpg"),
+    (lambda root: (root / "train" / "date").mkdir(), "/train/date: no images .* in 0 files; fill"),
     (lambda root: (root / "val" / "date").mkdir(), "/val/date: no images"),
     (remove("val/apple"), "/val: .*: apple$"),
     (lambda root: draw(root / "val" / "date" / "0.png"), "/val: .*: date$"),
     (lambda root: (root / "val" / "apple").rename(root / "val" / "Apple"), "/val: .*[aA]pple, "),
     (lambda root: [draw(root / "test" / name / "0.png") for name in "ab"], "/test: .*apple"),
+    (lambda root: [draw(root / name / "0.png") for name in ("train/caf\u00e9", "val/cafe\u0301")],
+     r"/val: .*: 'cafe\\u0301', 'caf\\xe9'$"),  # one name in two Unicode forms
 ])  # fmt: skip
 def test_faults_of_the_layout_are_one_line(copy, change, fragment):
     change(copy)
@@ -153,6 +175,32 @@ def test_batches_are_not_cropped_again_and_have_imagenets_colours(photos):
     p1, p2, p3 = (-0.5675, -0.5808, -0.5836), (0.7192, -0.0045, -0.6948), (0.4009, -0.8140, 0.4203)
     for vector, value in zip((p1, p2, p3), (0.2175, 0.0188, 0.0045)):
         assert (shift @ vector).std() == pytest.approx(0.1 * value, rel=0.03)
+
+@pytest.mark.parametrize("sides, turn, mode, factors", [
+    ((640, 800), 1, "RGB", {8, 4, 2}), ((643, 805), 1, "L", {8, 4, 2}),
+    ((640, 800), 6, "RGB", {8, 4, 2}), ((800, 644), 3, "CMYK", {4, 2}),
+    ((643, 805), 8, "RGB", set()),  # if it is turned, the factor must divide its sides
+])  # fmt: skip
+def test_crops_of_a_reduced_jpeg_look_whole(tmp_path, monkeypatch, sides, turn, mode, factors):
+    file, exif, rng = tmp_path / "a.jpg", Image.Exif(), np.random.default_rng(0)
+    colours = v2.functional.resize(torch.from_numpy(rng.random((3, 32, 40))), sides)
+    pixels = 255 * colours.permute(1, 2, 0).numpy() + rng.normal(0, 5, (*sides, 1))
+    exif[0x0112] = turn
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert(mode)
+    image.save(file, quality=90, exif=exif)
+    whole = v2.functional.pil_to_tensor(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
+    draft, used = JpegImageFile.draft, set()
+    monkeypatch.setattr(JpegImageFile, "draft", lambda image, mode, size: (
+        used.add(image.width // size[0]), draft(image, mode, size)))  # fmt: skip
+    for size, epoch in itertools.product((16, 40, 80), range(6)):
+        with seeded(1, epoch, 2):
+            expected = v2.RandomResizedCrop(size)(whole)
+        centre = v2.CenterCrop(size)(v2.Resize(round(size / 0.875))(whole))
+        crops = data.read_crop(file, size, seeds=(1, epoch, 2)), data.read_crop(file, size)
+        for found, other in zip(crops, (expected, centre)):
+            difference = (found.int() - other.int()).abs().float()
+            assert difference.mean() < 2.5 and difference.max() < 25
+    assert used == factors
 
 # -------------------------------------------------------------------------------- train, evaluate
 
@@ -333,12 +381,16 @@ def test_a_cifar_checkpoint_takes_files(run_train, call, cifar_dir, tmp_path):
 def test_check_lists_what_cannot_be_read(call, copy):
     flags = "--dataset", "folder", "--data-dir", copy, "--check"
     shutil.copytree(copy / "val", copy / "test")
-    assert call(data, *flags)[:2] == (0, "42 images, 0 of them cannot be read\n")
+    (copy / "val" / "apple" / "caf\udce9.HEIC").touch()
+    code, out, _ = call(data, *flags)
+    rows = ["        8        3        3  banana", "       24        9        9  all classes"]
+    assert code == 0 and rows == out.splitlines()[2:5:2]
+    assert out.endswith("\npassed over: 1 .heic\n42 images, 0 of them cannot be read\n")
     broken = [copy / name for name in ("train/apple/3.png", "val/banana/0.png", "test/apple/2.png")]
     for path in broken:
         path.write_bytes(path.read_bytes()[:100])
     code, out, _ = call(data, *flags)
-    *faults, last = out.splitlines()
+    *faults, last = out.splitlines()[-4:]
     assert code == 1 and last == "42 images, 3 of them cannot be read"
     found = [line.partition(": cannot be read as an image (")[0] for line in faults]
     assert found == list(map(str, broken))
@@ -346,8 +398,8 @@ def test_check_lists_what_cannot_be_read(call, copy):
 def test_stats_and_grid(call, photos, tmp_path):
     flags = "--dataset", "folder", "--data-dir", photos, "--stats", "--grid", tmp_path / "grid.png"
     code, out, _ = call(data, *flags)
-    assert code == 0 and "24 training images" in out and "      8  cherry leaf" in out
+    assert code == 0 and "        8        3        0  cherry leaf" in out
     assert "0.4850   0.4560   0.4060" in out and "0.2290   0.2240   0.2250" in out
     assert "eigenvalue 0.2175, eigenvector  -0.5675  -0.5808  -0.5836" in out
     first = v2.CenterCrop(224)(v2.Resize(256)(read_pixels(photos / "train/apple/0.png")))
-    assert torch.equal(read_pixels(tmp_path / "grid.png")[:, 24:248, 4:228], first)
+    assert torch.equal(read_pixels(tmp_path / "grid.png")[:, 4:228, 4:228], first)

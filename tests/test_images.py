@@ -143,6 +143,7 @@ def overwrite(content):
 @pytest.mark.parametrize("content, reason", [
     (b"", "cannot identify"), (b"no image", "cannot identify"),
     (encode("PNG")[:1000], "truncated"), (overwrite(encode("PNG")), "data stream"),
+    (encode("JPEG", quality=98)[:1000], "truncated"),
     (overwrite(encode("TIFF", compression="tiff_lzw")), "decoder error"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),  # runs Ghostscript
 ])  # fmt: skip
