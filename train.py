@@ -40,11 +40,12 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_first
-from data import choose_workers, collate, count_cores, draw_grid, ignore_signals
+from data import choose_workers, collate, count_cores, count_images, draw_grid, ignore_signals
 from data import make_transform, parse_workers, pick_examples, seeded
 from evaluate import CHECKPOINT_FORMAT, DamagedFileError, Metrics, check_weights, draw_confusion
 from evaluate import evaluate, load_checkpoint, load_on_all, load_pretrained, raise_on_all
-from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, zero_init_last
+from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, freeze
+from fishnet import zero_init_last
 
 # A recipe is a set of defaults, which flags override.
 BASELINE = dict(  # the slides' experiment
@@ -98,6 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model-args", nargs="+", action="extend", type=parse_field, default=[],
         metavar="FIELD=VALUE", help="fields of FishNetConfig, such as k=4, or FUNCTION's arguments")
     add("--pretrained", type=path, metavar="PATH", help="start from these weights")
+    add("--freeze", metavar="PARTS", help='what is not trained, such as "tail" or "tail,body"')
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--whiten", action="store_true", help="freeze a first convolution that whitens patches")
     add("--epochs", type=int, help="to train, and the length of the learning rate schedule")
@@ -254,6 +256,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             gradients = [p.grad for p in params]
             for p in params:
                 if not self.state[p]:
@@ -277,7 +281,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Adam and SGD decay all weights, as in the slides; AdamW matrices, Muon convolutions alone."""
-    params, decay = list(model.parameters()), args.weight_decay
+    params, decay = [p for p in model.parameters() if p.requires_grad], args.weight_decay
     if args.opt == "adam":
         return torch.optim.Adam(params, args.lr, weight_decay=decay)
     if args.opt == "sgd":
@@ -654,6 +658,8 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
         raise UserError(f"image-size={args.image_size}: expected a multiple of {stride}")
     if args.zero_init_last:
         zero_init_last(model)
+    if args.freeze:
+        freeze(model, args.freeze)
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:  # in place, which leaves the names of the weights
@@ -739,35 +745,34 @@ def start_writing(run: Run) -> None:
     images = augment_first(run.data, run.args.augment, run.args.seed)
     run.writer.add_image("augmented", draw_grid((images * 255).round().byte(), names))
 
-def describe_start(run: Run) -> str:
-    """Return lines that say what the run trains, on what, how and where to."""
-    args, data, device = run.args, run.data, run.accelerator.device.type
+def print_start(run: Run) -> None:
+    """Print what the run trains, on what, how and where to."""
+    args, data, show = run.args, run.data, run.accelerator.print
     parameters = sum(p.numel() for p in run.model.parameters())
     left_out = len(data.train) - run.steps * args.batch_size
-    note = f", which leave out {left_out} images" if left_out else ""
-    images = f"{len(data.train)} training and {len(data.val)} validation images"
-    return (
-        f"network   {args.model}, {parameters:,} parameters\n"
-        f"data      {args.dataset}: {images}, {len(data.classes)} classes\n"
-        f"an epoch  {run.steps} batches of {args.batch_size} images{note}\n"
-        f"machine   {run.accelerator.num_processes} process(es) on {device}, {run.precision}\n"
-        f"          {args.workers} worker(s) that read images\n"
-        f"writes    {run.folder}"
-    )
+    note = f", {left_out} images left out" if left_out else ""
+    show(f"network   {args.model}, {parameters:,} parameters")
+    show(f"data      {args.dataset}: {len(data.train)} training, {len(data.val)} validation images")
+    if args.dataset == "folder":
+        show(*count_images(data), sep="\n")
+    show(f"an epoch  {run.steps} batches of {args.batch_size} images{note}")
+    device, processes = run.accelerator.device.type, run.accelerator.num_processes
+    show(f"machine   {processes} process(es) on {device}, {args.workers} to read images in each")
+    show(f"          {run.precision}")
+    show(f"writes    {run.folder}")
 
-def describe_end(run: Run) -> str:
-    """Return lines that say what to do with the result: best.pt is the one to use if it is there,
-    since it has the lowest validation loss; otherwise last.pt."""
-    args, folder = run.args, run.folder
-    path = folder / ("best.pt" if (folder / "best.pt").exists() else "last.pt")
-    model = f" --model {args.model}" if ":" in args.model else ""
+def print_end(run: Run) -> None:
+    """Print what to do with the result. best.pt is the one to use, since it has the lowest
+    validation loss; a run that ended inside its first epoch has last.pt alone."""
+    path, show = run.folder / "best.pt", run.accelerator.print
+    path = shlex.quote(str(path if path.exists() else run.folder / "last.pt"))
+    model = f" --model {run.args.model}" if ":" in run.args.model else ""
     split = "" if len(run.data.test) else " --split val"
-    lines = [f"evaluate  python evaluate.py {shlex.quote(str(path))}{model}{split}",
-             f"look      tensorboard --logdir {shlex.quote(str(folder))}"]  # fmt: skip
-    if args.recipe == "demo":
-        lines += ["next      python train.py --recipe strong --model fishnet_tiny  (CIFAR-10)",
-                  "          python train.py --recipe strong --dataset folder --data-dir DIR"]
-    return "\n".join(lines)
+    show(f"evaluate  python evaluate.py {path}{model}{split} --report report")
+    show(f"look      tensorboard --logdir {shlex.quote(str(run.folder))}")
+    if run.args.recipe == "demo":
+        show("next      python train.py --recipe strong --model fishnet_tiny   (CIFAR-10)")
+        show("          python train.py --recipe strong --dataset folder --data-dir DIR")
 
 def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
@@ -807,11 +812,11 @@ def main() -> None:
     with report_failures("train.py"):
         run = make_run(args)
         run.stop.listen()
-        run.accelerator.print(describe_start(run))
+        print_start(run)
         run_epochs(run)
         if run.writer and run.state.history:
             log_result(run)
-        run.accelerator.print(describe_end(run))
+        print_end(run)
     run.accelerator.end_training()
 
 if __name__ == "__main__":

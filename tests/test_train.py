@@ -86,7 +86,7 @@ def test_flags_are_these():
     free += " checkpoint_activations output_dir checkpoint_every override log_every"
     bound = "dataset image_size val_fraction augment model zero_init_last epochs batch_size seed"
     bound += " grad_accum_steps opt lr weight_decay sched decay_epochs warmup_epochs smoothing"
-    bound += " clip_grad mixed_precision padding whiten"
+    bound += " clip_grad mixed_precision padding whiten freeze"
     assert set(train.FREE) == set(free.split())
     assert set(vars(train.parse_args([]))) == {*free.split(), *bound.split()}
 
