@@ -3,11 +3,9 @@
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -82,16 +80,10 @@ def test_what_is_passed_over_is_counted_by_suffix(copy):
     assert total.split(maxsplit=3) == ["24", "9", "0", "all classes"]
     assert others == "passed over: 2 .heic, 1 .txt, 1 folder lost+found, 1 no suffix"
 
-def test_a_folder_that_cannot_be_read_is_named(copy, monkeypatch):
-    error = PermissionError(13, "Permission denied", "shut")  # root may read all folders
-    monkeypatch.setattr(os, "scandir", Mock(side_effect=error))
-    with pytest.raises(UserError, match="^shut: Permission denied; "):
-        load_data("folder", copy)
-
 @pytest.mark.parametrize("change, fragment", [
     (remove("train"), "/train: not there; expected a folder of images for each class"),
     (remove("train/apple", "train/banana"), "/train: 1 folders"),
-    (lambda root: (root / "train" / "date").mkdir(), "/train/date: no images .* in 0 files; fill"),
+    (lambda root: (root / "train" / "date").mkdir(), "/train/date: no images such as .jpg; fill"),
     (lambda root: (root / "val" / "date").mkdir(), "/val/date: no images"),
     (remove("val/apple"), "/val: .*: apple$"),
     (lambda root: draw(root / "val" / "date" / "0.png"), "/val: .*: date$"),
