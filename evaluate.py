@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 
 from data import CENTRE_RATIO, DATASETS, IMAGE_SUFFIXES, Data, FolderSet, ImageSet, centre_crop
 from data import choose_workers, collate, draw_grid, ignore_signals, load_data, make_transform
-from data import parse_workers, read_image
+from data import parse_workers, read_crop, read_image
 from fishnet import FishNet, ResNet, UserError, create_model, max_pool
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -90,7 +90,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint of this version of train.py")
     return checkpoint
 
-def load_model(checkpoint: dict, path: str | Path, allowed: str | None = None) -> nn.Module:
+def load_model(checkpoint: dict, path: str | Path = "checkpoint",
+               allowed: str | None = None) -> nn.Module:  # fmt: skip
     """Return a checkpoint's network, with its classes, mean, std and input_size, as centre_crop
     takes it. Code, MODULE:FUNCTION, must be `allowed`. Raises UserError if it does not fit."""
     name = checkpoint["name"]
@@ -216,15 +217,15 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------- prediction
 
-def read_images(paths: Iterable[str | Path], faults: list) -> Iterator[tuple[str, Tensor]]:
-    """Yield (file, image) for files, and for the images in folders and below, sorted, without names
+def read_crops(paths: Iterable[str | Path], input_size: tuple[int, float],
+               faults: list) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Yield (file, crop) for files, and for the images in folders and below, sorted, without names
     that begin with a dot. UserErrors go to `faults`."""
     for path in map(Path, paths):
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        shown = [p for p in below if "/." not in f"/{p.relative_to(path).as_posix()}"]
-        for file in shown or [path]:
+        below = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        for file in below or [path]:
             try:
-                yield str(file), read_image(file)
+                yield str(file), read_crop(file, *input_size)
             except UserError as error:
                 faults.append(error)
 
@@ -240,8 +241,10 @@ def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path]
         model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     device, transform = next(model.parameters()).device, make_transform(model.mean, model.std)
     results, errors = [], [] if faults is None else faults
-    named = enumerate(images) if isinstance(images, Tensor) else read_images(images, errors)
-    crops = ((name, centre_crop(image, *model.input_size)) for name, image in named)
+    if isinstance(images, Tensor):
+        crops = ((i, centre_crop(image, *model.input_size)) for i, image in enumerate(images))
+    else:
+        crops = read_crops(images, model.input_size, errors)
     with in_evaluation(model):
         while batch := list(itertools.islice(crops, batch_size)):
             names, batch = zip(*batch)
@@ -428,7 +431,7 @@ def predict_files(args: argparse.Namespace, model: nn.Module) -> int:
         grid = draw_grid(image[None], ["\n".join(f"{p:.1%} {name}" for name, p in top)])
         write_file(args.save / f"{i:05} {Path(file).stem}.png", grid)
     if args.features and results:
-        image = centre_crop(read_image(results[0][0]), *model.input_size)
+        image = read_crop(results[0][0], *model.input_size)
         write_file(args.features, draw_features(model, image))
     return int(bool(faults))
 

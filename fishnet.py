@@ -314,7 +314,10 @@ class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
     """What the networks share: images (N, in_channels, H, W) -> logits (N, num_classes). Raises
     UserError if H or W is not a multiple of config.stride."""
 
-    classes = mean = std = None  # lists: names of the outputs, and what normalises the images
+    # Names of the outputs, what normalises images in [0, 1], and the side and ratio of their crop.
+    classes = mean = std = input_size = None
+
+    ATTRIBUTES = ("classes", "mean", "std", "input_size")
 
     def add_classifier(self, width: int, bias: bool = True) -> None:
         self.pool, self.num_features = make_pool(width, self.config.final_norm), width
@@ -348,7 +351,7 @@ class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         content = {"imagenet": isinstance(self, ImageNetFishNet), "config": asdict(self.config)}
-        content |= {name: getattr(self, name) for name in ("classes", "mean", "std")}
+        content |= {name: getattr(self, name) for name in self.ATTRIBUTES}
         (save_directory / "config.json").write_text(json.dumps(content, indent=2))
 
     @classmethod
@@ -363,7 +366,8 @@ class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
         kind = "fishnet99_imagenet" if content["imagenet"] else "fishnet99"
         model = create_model(kind, **content["config"])
         model.load_state_dict(load_file(folder / files[1]))
-        model.classes, model.mean, model.std = content["classes"], content["mean"], content["std"]
+        for name in cls.ATTRIBUTES:
+            setattr(model, name, content[name])
         return model.eval()
 
 class ResNet(Network):

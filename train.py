@@ -327,7 +327,6 @@ CHARTS = {
     "loss": ["Multiline", ["loss/train", "loss/val"]],
     "error": ["Multiline", ["error/train", "error/val"]], "learning rate": ["Multiline", ["lr"]],
     "images per second": ["Multiline", ["speed/images_per_second"]],
-    "share of time without images": ["Multiline", ["speed/data_wait"]],
     "norm of the gradient": ["Multiline", ["gradient_norm/.*"]],
 }  # fmt: skip
 Run = argparse.Namespace  # what the loop works with; make_run lists its fields
@@ -579,22 +578,17 @@ def log_validation(run: Run, val: Metrics) -> None:
     writer.add_scalar("error/val", val.top1_error, step)
     if len(data.classes) > 5:
         writer.add_scalar("error/val_top5", val.top5_error, step)
-    chosen = pick_examples(data.val.labels, 32)
-    names = [data.classes[label] for label in data.val.labels[chosen].tolist()]
-    guesses = [data.classes[label] for label in val.predicted[chosen].tolist()]
-    captions = [
-        f"{name}\n{guess} {probability:.0%}"
-        for name, guess, probability in zip(names, guesses, val.probability[chosen].tolist())
-    ]
-    images, _ = data.val.__getitems__(chosen)
+    chosen, names = pick_examples(data.val.labels, 32), data.classes
+    images, labels = data.val.__getitems__(chosen)
+    rows = zip(labels, val.predicted[chosen], val.probability[chosen])
+    captions = [f"{names[label]}\n{names[guess]} {p:.0%}" for label, guess, p in rows]
     writer.add_image("validation: true class, predicted class", draw_grid(images, captions), step)
     writer.add_image("confusion", draw_confusion(val.confusion, data.classes), step)
 
 def log_result(run: Run) -> None:
     """Log flags and final errors for TensorBoard's HParams page, within the same run."""
-    flags = {name: value if type(value) in (bool, int, float) else str(value)
-             for name, value in vars(run.args).items()}  # fmt: skip
-    row = run.state.history[-1]
+    row, flags = run.state.history[-1], vars(run.args).items()
+    flags = {key: value if isinstance(value, (int, float)) else str(value) for key, value in flags}
     tags = {"loss/train": "train_loss", "error/train": "train_top1_error",
             "loss/val": "val_loss", "error/val": "val_top1_error"}  # fmt: skip
     results = {tag: row[name] for tag, name in tags.items() if name in row}
@@ -745,34 +739,33 @@ def start_writing(run: Run) -> None:
     images = augment_first(run.data, run.args.augment, run.args.seed)
     run.writer.add_image("augmented", draw_grid((images * 255).round().byte(), names))
 
-def print_start(run: Run) -> None:
-    """Print what the run trains, on what, how and where to."""
-    args, data, show = run.args, run.data, run.accelerator.print
+def describe_run(run: Run) -> str:
+    """Return lines that say what the run trains, on what, how and where to."""
+    args, data, device = run.args, run.data, run.accelerator.device.type
     parameters = sum(p.numel() for p in run.model.parameters())
-    left_out = len(data.train) - run.steps * args.batch_size
-    note = f", {left_out} images left out" if left_out else ""
-    show(f"network   {args.model}, {parameters:,} parameters")
-    show(f"data      {args.dataset}: {len(data.train)} training, {len(data.val)} validation images")
-    if args.dataset == "folder":
-        show(*count_images(data), sep="\n")
-    show(f"an epoch  {run.steps} batches of {args.batch_size} images{note}")
-    device, processes = run.accelerator.device.type, run.accelerator.num_processes
-    show(f"machine   {processes} process(es) on {device}, {args.workers} to read images in each")
-    show(f"          {run.precision}")
-    show(f"writes    {run.folder}")
+    counts = f"{len(data.train)} training and {len(data.val)} validation images"
+    left_out = f"{len(data.train) - run.steps * args.batch_size} left out"
+    return "\n".join([
+        f"network   {args.model}, {parameters:,} parameters",
+        f"data      {args.dataset}, {counts}, {args.workers} worker(s) to read them",
+        *(count_images(data) if args.dataset == "folder" else ()),
+        f"an epoch  {run.steps} batches of {args.batch_size} images, {left_out}",
+        f"machine   {run.accelerator.num_processes} process(es) on {device}, {run.precision}",
+        f"writes    {run.folder}",
+    ])  # fmt: skip
 
-def print_end(run: Run) -> None:
-    """Print what to do with the result. best.pt is the one to use, since it has the lowest
-    validation loss; a run that ended inside its first epoch has last.pt alone."""
-    path, show = run.folder / "best.pt", run.accelerator.print
-    path = shlex.quote(str(path if path.exists() else run.folder / "last.pt"))
-    model = f" --model {run.args.model}" if ":" in run.args.model else ""
-    split = "" if len(run.data.test) else " --split val"
-    show(f"evaluate  python evaluate.py {path}{model}{split} --report report")
-    show(f"look      tensorboard --logdir {shlex.quote(str(run.folder))}")
+def describe_next(run: Run) -> str:
+    """Return lines that say what to do with the result. best.pt is the checkpoint to use, since it
+    has the lowest validation loss; a run that ended inside its first epoch has last.pt alone."""
+    path = run.folder / ("best.pt" if (run.folder / "best.pt").exists() else "last.pt")
+    more = f" --model {run.args.model}" if ":" in run.args.model else ""
+    more += " --report report" if len(run.data.test) else " --report report --split val"
+    lines = [f"evaluate  python evaluate.py {shlex.quote(str(path))}{more}",
+             f"look      tensorboard --logdir {shlex.quote(str(run.folder))}"]  # fmt: skip
     if run.args.recipe == "demo":
-        show("next      python train.py --recipe strong --model fishnet_tiny   (CIFAR-10)")
-        show("          python train.py --recipe strong --dataset folder --data-dir DIR")
+        lines += ["next      python train.py --recipe strong --model fishnet_tiny   # on CIFAR-10",
+                  "          docs/images.md: train on a folder of your own photos"]
+    return "\n".join(lines)
 
 def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
@@ -812,11 +805,11 @@ def main() -> None:
     with report_failures("train.py"):
         run = make_run(args)
         run.stop.listen()
-        print_start(run)
+        run.accelerator.print(describe_run(run))
         run_epochs(run)
         if run.writer and run.state.history:
             log_result(run)
-        print_end(run)
+        run.accelerator.print(describe_next(run))
     run.accelerator.end_training()
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def train_segmentation(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     wrapped = nn.parallel.DistributedDataParallel(model)
     for _ in range(8):
-        scores = F.interpolate(wrapped(image[None]), scale_factor=2)
+        scores = wrapped(image[None])
         losses.append(F.binary_cross_entropy_with_logits(scores, target["masks"][None]))
         optimizer.zero_grad()
         losses[-1].backward()
@@ -304,12 +304,14 @@ def test_networks_are_saved_for_the_hub_with_their_labels(name, tmp_path, monkey
     labels = {"classes": ["dog", "café"], "mean": [0.1, 0.2, 0.3], "std": [0.7, 0.8, 0.9]}
     source = create_model(name, channels=(16, 32, 64, 128), num_classes=2)
     checkpoint = {"name": name, "config": asdict(source.config), "model": source.state_dict()}
-    model, images = load_model(checkpoint | labels).eval(), torch.randn(2, 3, 32, 32)
+    checkpoint |= labels | {"args": {"dataset": "folder", "image_size": 32}}
+    model, images = load_model(checkpoint).eval(), torch.randn(2, 3, 32, 32)
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("fishnet.snapshot_download", lambda *_, **options: tmp_path)
     for found in map(FishNet.from_pretrained, (tmp_path, "somebody/network")):
         assert torch.equal(found(images), model(images)) and found.config == model.config
         assert {key: getattr(found, key) for key in labels} == labels
+        assert list(found.input_size) == [32, 0.875]
     assert "FishNet.from_pretrained" in (tmp_path / "README.md").read_text()
     (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
     with pytest.raises(UserError, match=r"expected a network of fishnet\.py"):

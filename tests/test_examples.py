@@ -148,7 +148,7 @@ def test_the_roofline_counts_arithmetic_and_bytes(monkeypatch, capsys):
     run(monkeypatch, "roofline fishnet_tiny --batch-size=2 --image-size=16 --rounds=1")
     costs = json.loads(capsys.readouterr().out.splitlines()[-1])
     model = fishnet.create_model("fishnet_tiny")
-    images = 2 * 8 * 8 * model.stem[0].weight.numel()  # images need no gradient
+    images = 2 * 16 * 16 * model.stem[0].weight.numel()  # images need no gradient
     flops = sum(flops for _, _, flops, _ in costs.values())
     assert flops == 6 * 2 * count(model, 16).macs - 2 * images
     x = torch.zeros(8, 8)
