@@ -300,7 +300,8 @@ def assert_top(prediction: dict, probabilities: torch.Tensor, classes: list[str]
 def test_a_network_trains_is_evaluated_and_predicts(run_folder, call, copy, tmp_path):
     out = run_folder(copy, "run", "--epochs", "1", "--max-steps", "2")
     best = tmp_path / "run" / "last.pt"
-    assert "24 training and 9 validation images" in out and f"evaluate.py {best} --report report --split val" in out
+    assert "24 training and 9 validation images" in out
+    assert f"evaluate.py {best} --report report --split val" in out
     trained = load(best)
     assert trained["classes"] == list(COLOURS)
     losses, expected = [], {}
