@@ -1,6 +1,6 @@
 """Data: CIFAR, drawn shapes, folders of images; split, order of samples, augmentation of batches.
 
-    python data.py --dataset shapes --grid grid.png     # the first images, raw and augmented
+    python data.py --dataset shapes --grid grid.png     # images of all classes, raw and augmented
     python data.py --dataset cifar10 --stats            # mean, std, principal components of pixels
     python data.py --dataset folder --data-dir DIR --check    # counts, and unreadable images
     python data.py --dataset folder --data-dir DIR --time     # images/s, ours and ImageFolder's
@@ -142,8 +142,8 @@ def load_data(dataset: str, data_dir: str | Path = "data", val_fraction: float =
     return Data(train, val, test, classes, mean, std)
 
 def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return rising indices (train, val), with val_fraction of every class in val, but at least one
-    image and not all, if there are two."""
+    """Return sorted indices (train, val). val gets val_fraction of each class, at least one image
+    but never all. A class of one image stays in train."""
     in_val = torch.zeros(len(labels), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for label in labels.unique() if val_fraction else ():
@@ -310,6 +310,10 @@ def tell_apart(names: Sequence[str]) -> list[str]:
     forms = [unicodedata.normalize("NFC", name) for name in names]
     return [ascii(name) if forms.count(form) > 1 else name for name, form in zip(names, forms)]
 
+def is_hidden(path: Path) -> bool:
+    """Return whether a part of the path begins with a dot, or is a folder of the system's."""
+    return any(part[0] == "." or part in FOREIGN for part in path.parts)
+
 class FolderSet(ImageFolder):
     """Images of root/<class>/**, read and cropped when they are asked for; labels int64 (N,). An
     image is uint8 (3, size, size): the centre while `epoch` is None, else a random crop that
@@ -336,8 +340,8 @@ class FolderSet(ImageFolder):
         return names, {name: label for label, name in enumerate(names)}
 
     def is_image(self, path: str) -> bool:
-        parts, suffix = Path(path).relative_to(self.root).parts, Path(path).suffix.lower()
-        if any(part[0] == "." or part in FOREIGN for part in parts):
+        suffix = Path(path).suffix.lower()
+        if is_hidden(Path(path).relative_to(self.root)):
             return False
         if suffix not in IMAGE_SUFFIXES:
             self.passed_over[suffix or "no suffix"] += 1
@@ -638,15 +642,19 @@ def pick_examples(labels: Tensor, count: int) -> list[int]:
     turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
     return order[turn.argsort(stable=True)][:count].tolist()
 
-def augment_first(data: Data, augment: str, seed: int = 0) -> Tensor:
+def augment_examples(data: Data, augment: str, seed: int = 0, padding: int = 4) -> Tensor:
     """Return pick_examples' 64 training images as epoch 0 may show them, float (N, 3, H, W)."""
     data.train.epoch = None if augment == "none" else 0
     images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
     with seeded(seed):
-        images = make_transform((0, 0, 0), (1, 1, 1), augment, data.train)(images)
+        images = make_transform((0, 0, 0), (1, 1, 1), augment, data.train, padding)(images)
         if augment == "cutmix":
             images, _ = BatchCutMix(len(data.classes))(images, labels)
     return images.clamp(0, 1)
+
+def to_ascii(text: str) -> str:
+    """Return the text without accents and without the letters that Pillow's font lacks."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
 
 def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
     """Draw images uint8 (N, 3, H, W) in rows of eight with a caption below each: uint8 (3, H', W').
@@ -661,7 +669,7 @@ def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
     for i, (image, text) in enumerate(zip(images, captions, strict=True)):
         x, y = 4 + i % columns * (width + 8), 4 + i // columns * (height + below)
         picture.paste(TF.to_pil_image(image), (x, y))
-        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        text = to_ascii(text)
         for row, line in enumerate(text.split("\n")):
             while font.getlength(line) > width:
                 line = line[:-1]
@@ -672,7 +680,7 @@ def save_grid(data: Data, augment: str, path: Path) -> None:
     """Draw 64 training images of all classes with their labels: left raw, right augmented."""
     images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
     names = [data.classes[label] for label in labels.tolist()]
-    augmented = (augment_first(data, augment) * 255).round().byte()
+    augmented = (augment_examples(data, augment) * 255).round().byte()
     halves = (images, "as in validation"), (augmented, "augmented")
     halves = [draw_grid(half, [f"{name}\n{kind}" for name in names]) for half, kind in halves]
     TF.to_pil_image(torch.cat(halves, 2)).save(path, "PNG")
@@ -700,12 +708,11 @@ def print_faults(data: Data) -> int:
     """Print a line for each file of a folder that cannot be read; return their number."""
     files = [path for path, _ in data.train.samples + data.val.samples + data.test.samples]
 
-    def find_fault(path: str) -> str:
+    def find_fault(path: str) -> UserError | None:
         try:
             read_image(path)
         except UserError as error:
-            return str(error)
-        return ""
+            return error
 
     with ThreadPoolExecutor() as pool:  # decoders run side by side
         faults = list(filter(None, pool.map(find_fault, files)))
@@ -737,7 +744,7 @@ def main() -> None:
     add("--dataset", choices=DATASETS, default="cifar10")
     add("--data-dir", default="data", help="where the files are (default: data)")
     add("--augment", choices=AUGMENTS, default="slides", help="for --grid")
-    add("--grid", metavar="PNG", help="write the first images, raw and augmented")
+    add("--grid", metavar="PNG", help="write 64 images of all classes, raw and augmented")
     add("--stats", action="store_true", help="print mean, std and principal components of pixels")
     add("--check", action="store_true", help="count a folder's images, list unreadable ones")
     add("--time", action="store_true", help="images/s of a folder, ours and ImageFolder's")

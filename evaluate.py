@@ -4,7 +4,8 @@
     python evaluate.py runs/NAME/best.pt --split val --report DIR  # pictures, mistakes, report.json
     python evaluate.py runs/NAME/best.pt cat.jpg photos/     # the most probable classes of images
 
-Network, classes, image size and normalisation come from the checkpoint. JSON has fractions.
+Network, classes, image size and normalisation come from the checkpoint. JSON has errors as
+fractions.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import math
 import pickle
 import sys
-import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 
 from data import CENTRE_RATIO, DATASETS, IMAGE_SUFFIXES, Data, FolderSet, ImageSet, centre_crop
 from data import choose_workers, collate, draw_grid, ignore_signals, load_data, make_transform
-from data import parse_workers, read_crop, read_image
+from data import is_hidden, parse_workers, read_crop, read_image, to_ascii
 from fishnet import FishNet, ResNet, UserError, create_model, max_pool
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -118,8 +118,9 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
         raise UserError(f"{path}: damaged, or not this project's; convert others with {command}")
     if "fc.weight" in own and len(weights.get("fc.weight", ())) != len(own["fc.weight"]):
         kept = {name: value for name, value in own.items() if name.startswith("fc.")}
-    check_weights(model, weights | kept, path)
-    model.load_state_dict(weights | kept)
+    weights = {n: w for n, w in weights.items() if n in own or not n.startswith("fc.")} | kept
+    check_weights(model, weights, path)
+    model.load_state_dict(weights)
     note = f"; the classifier is new, for {len(own['fc.weight'])} classes" if kept else ""
     return f"{path}: loaded {len(own) - len(kept)} of {len(own)} tensors{note}"
 
@@ -222,8 +223,8 @@ def read_crops(paths: Iterable[str | Path], input_size: tuple[int, float],
     """Yield (file, crop) for files, and for the images in folders and below, sorted, without names
     that begin with a dot. UserErrors go to `faults`."""
     for path in map(Path, paths):
-        below = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        for file in below or [path]:
+        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        for file in [p for p in below if not is_hidden(p.relative_to(path))] or [path]:
             try:
                 yield str(file), read_crop(file, *input_size)
             except UserError as error:
@@ -261,7 +262,7 @@ def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path]
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Tensor:
     """Draw a confusion matrix, int64 (classes, classes) with a row for each true class: uint8
     (3, H, W). The colour of a cell shows its part of the row; up to 20 classes have numbers."""
-    names = [unicodedata.normalize("NFKD", n).encode("ascii", "ignore").decode() for n in classes]
+    names = [to_ascii(name) for name in classes]
     names = [name if len(name) < 25 else f"{name[:13]}...{name[-8:]}" for name in names]
     count, total, wrong = len(classes), int(matrix.sum()), int(matrix.sum() - matrix.trace())
     cell = max(1, min(60, 1100 // count))
@@ -418,8 +419,8 @@ def predict_files(args: argparse.Namespace, model: nn.Module) -> int:
     for error in faults:
         print(f"evaluate.py: {error}", file=sys.stderr)
     if args.json:
-        top = [[{"class": name, "probability": p} for name, p in top] for _, top in results]
-        rows = [{"file": file, "top": top} for (file, _), top in zip(results, top)]
+        rows = [{"file": file, "top": [{"class": name, "probability": p} for name, p in top]}
+                for file, top in results]  # fmt: skip
         print(json.dumps({"predictions": rows}))
     for file, top in () if args.json else results:
         print(file, *(f"  {p:7.2%}  {name:.68}" for name, p in top), sep="\n")
@@ -475,7 +476,7 @@ def parse_args() -> argparse.Namespace:
     if args.batch_size < 1 or (args.workers or 0) < 0:
         parser.error("expected --batch-size of at least 1 and --workers of at least 0")
     if args.report if args.files else args.csv or args.save or args.features:
-        parser.error("--csv, --save and --features need images, and --report none")
+        parser.error("--report takes no images; --csv, --save and --features need some")
     return args
 
 def main() -> None:

@@ -292,11 +292,6 @@ def make_tail(config: FishNetConfig, shortcut: str) -> list[nn.Sequential]:
     stages = zip(config.channels, (*config.channels[1:], config.channels[3]), config.tail_depths)
     return [make_units((c, out), n, config.preact, shortcut=shortcut) for c, out, n in stages]
 
-def make_pool(channels: int, final_norm: bool) -> nn.Sequential:
-    """Return the last pool: (N, C, H, W) -> (N, C, 1, 1)."""
-    norm = [nn.BatchNorm2d(channels), nn.ReLU()] if final_norm else []
-    return nn.Sequential(*norm, nn.AdaptiveAvgPool2d(1))
-
 def init_weights(model: nn.Module) -> None:
     """Initialise convolutions as Kaiming normal and the classifier as Kaiming uniform. [S]."""
     for module in model.modules():
@@ -311,7 +306,7 @@ config.json has its FishNetConfig, its classes, and mean and std, which normalis
 """
 
 class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
-    """What the networks share: images (N, in_channels, H, W) -> logits (N, num_classes). Raises
+    """Base class of the networks: images (N, in_channels, H, W) -> logits (N, num_classes). Raises
     UserError if H or W is not a multiple of config.stride."""
 
     # Names of the outputs, what normalises images in [0, 1], and the side and ratio of their crop.
@@ -320,12 +315,13 @@ class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
     ATTRIBUTES = ("classes", "mean", "std", "input_size")
 
     def add_classifier(self, width: int, bias: bool = True) -> None:
-        self.pool, self.num_features = make_pool(width, self.config.final_norm), width
+        norm = [nn.BatchNorm2d(width), nn.ReLU()] if self.config.final_norm else []
+        self.pool, self.num_features = nn.Sequential(*norm, nn.AdaptiveAvgPool2d(1)), width
         self.fc = nn.Linear(width, n, bias) if (n := self.config.num_classes) else nn.Identity()
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one, or with 0 classes by the identity."""
-        self.config = replace(self.config, num_classes=num_classes)
+        self.config, self.classes = replace(self.config, num_classes=num_classes), None
         self.fc = type(self)(self.config).fc.to(next(self.parameters()))
 
     def forward_features(self, x: Tensor, names: Sequence[str] = ()) -> OrderedDict[str, Tensor]:
@@ -360,14 +356,15 @@ class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
         folder, files = Path(name), ("config.json", "model.safetensors")
         if not folder.is_dir():
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
-        content = json.loads((folder / files[0]).read_text())
+        path = folder / files[0]
+        content = json.loads(path.read_text()) if path.exists() else {}
         if "imagenet" not in content:
-            raise UserError(f"{name}: expected a network of fishnet.py")
+            raise UserError(f"{name}: expected the config.json of a network of fishnet.py")
         kind = "fishnet99_imagenet" if content["imagenet"] else "fishnet99"
         model = create_model(kind, **content["config"])
         model.load_state_dict(load_file(folder / files[1]))
-        for name in cls.ATTRIBUTES:
-            setattr(model, name, content[name])
+        for attribute in cls.ATTRIBUTES:
+            setattr(model, attribute, content[attribute])
         return model.eval()
 
 class ResNet(Network):
@@ -580,8 +577,8 @@ def stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
 
 def freeze(model: nn.Module, parts: str) -> None:
-    """Train parts no longer, such as "tail,body" or "t1,t2": without gradients, and with batch norm
-    in evaluation mode for good. Raises UserError if the model has no such part."""
+    """Freeze parts, such as "tail,body" or "t1,t2": they get no gradients, and their batch norm
+    stays in evaluation mode. Raises UserError if the model has no such part."""
     for part in parts.split(","):
         names = PARTS.get(part, part).split()
         modules = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]

@@ -35,7 +35,7 @@ import json
 import math
 import sys
 import textwrap
-from dataclasses import asdict, dataclass
+from collections import namedtuple
 
 import torch
 from torch import Tensor, nn
@@ -57,25 +57,9 @@ SLIDES_OPERATORS = {
     aten._unsafe_index: lambda *args, out_shape, **kwargs: 2 * math.prod(out_shape),
 }
 
-@dataclass(frozen=True)
-class Counts:
-    """The columns of the table, explained at the top of this file."""
-
-    params: int
-    macs: int
-    flops: int
-    activation_bytes: int
-
-@dataclass(frozen=True)
-class StageCounts:
-    """A row of the layer table, explained at the top of this file."""
-
-    stage: str
-    size: int
-    blocks: int
-    layers: int
-    params: int
-    macs: int
+# Columns of the two tables, explained at the top of this file.
+Counts = namedtuple("Counts", "params macs flops activation_bytes")
+StageCounts = namedtuple("StageCounts", "stage size blocks layers params macs")
 
 def make_image(model: nn.Module, size: int | None) -> Tensor:
     """Return an image without values, (1, C, size, size), by default as large as the model expects.
@@ -214,8 +198,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"flops.py: {error}")
     if args.json:
-        networks = [] if args.stages else [{"name": n} | asdict(c) for n, c in counts.items()]
-        print(json.dumps([asdict(row) for row in rows] if args.stages else networks))
+        networks = [] if args.stages else [{"name": n} | c._asdict() for n, c in counts.items()]
+        print(json.dumps([row._asdict() for row in rows] if args.stages else networks))
     elif args.stages:
         print_stages(rows, find_i_convs(models[args.stages]))
     else:

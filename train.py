@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_first
+from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_examples
 from data import choose_workers, collate, count_cores, count_images, draw_grid, ignore_signals
 from data import make_transform, parse_workers, pick_examples, seeded
 from evaluate import CHECKPOINT_FORMAT, DamagedFileError, Metrics, check_weights, draw_confusion
@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, help="side of a folder's crops, 224 if not given")
     add("--val-fraction", type=float, help="part of the training images kept for validation")
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
-    add("--padding", type=int, help="of the crops of --augment standard, cutout and cutmix")
+    add("--padding", type=int, help="largest shift of --augment standard, cutout and cutmix")
     add("-j", "--workers", type=parse_workers, default="auto", help="processes that read data; "
         "auto: none for data in memory, one a core for a folder")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--freeze", metavar="PARTS", help='what is not trained, such as "tail" or "tail,body"')
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--whiten", action="store_true", help="freeze a first convolution that whitens patches")
-    add("--epochs", type=int, help="to train, and the length of the learning rate schedule")
+    add("--epochs", type=int, help="number of epochs, which the learning rate follows")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
     add("-b", "--batch-size", type=int, help="over all processes and accumulated parts; "
         "if not given, the recipe's, or less for few images")
@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--patience", type=int, help="stop after so many epochs without a lower val loss")
     add("--seed", type=int, default=0, help="of weights, split, order and augmentation")
     add("--mixed-precision", choices=("auto", "no", "tf32", "fp16", "bf16"),
-        help="auto: bf16 where the hardware multiplies in it; None: as launched")
+        help="auto: bf16 where the hardware multiplies in it; not given: as launched")
     add("--compile", action="store_true", help="use torch.compile; the first step takes minutes")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--output-dir", type=path, help="runs/<model>-<dataset>-<time> if not given")
@@ -150,6 +150,7 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
          "works with --dataset folder only"),
         ("mixed_precision", args.mixed_precision in ("tf32", "fp16")
          and accelerator.device.type == "cpu", "use bf16 or no on a CPU"),
+        ("whiten", args.whiten and args.pretrained, "--pretrained would replace these filters"),
         ("model_args", "num_classes" in args.model_args, "num_classes is the dataset's"),
         ("resume", args.resume == "auto" and not args.output_dir, "needs --output-dir, its folder"),
     ):  # fmt: skip
@@ -169,12 +170,12 @@ def choose_batch_size(args: argparse.Namespace, images: int, parts: int) -> int:
     return size
 
 def choose_precision(args: argparse.Namespace) -> tuple[str, str]:
-    """Return the precision and the reason. "auto" is that of a run that continues or of accelerate
-    launch, or else bf16 where the hardware multiplies in it."""
+    """Return the precision and the reason. "auto" takes the precision of the run that continues,
+    else accelerate launch's, else bf16 if the hardware multiplies in it."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.mixed_precision not in (None, "auto"):
         return args.mixed_precision, "as asked for"
-    folder = args.output_dir if args.resume == "auto" else Path(args.resume or "").parent
+    folder = (args.output_dir or "") if args.resume == "auto" else Path(args.resume or "").parent
     if args.resume and args.mixed_precision and (found := Path(folder, "args.json")).exists():
         return json.loads(found.read_text())["mixed_precision"], "as the run began"
     if launched != "no" or not args.mixed_precision:
@@ -334,7 +335,7 @@ Run = argparse.Namespace  # what the loop works with; make_run lists its fields
 # ------------------------------------------------------------------------------------ checkpoints
 
 def write_atomic(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
-    """Write a whole file or, with a UserError, nothing. The old file becomes `keep_as`."""
+    """Write the whole file, or raise UserError and leave the old one. That becomes `keep_as`."""
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
@@ -392,6 +393,10 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     if fixed != (own["classes"], run.args.opt, run.steps):
         raise UserError(f"{path} has other classes, steps an epoch or --opt, which cannot change")
     check_weights(model, checkpoint["model"], path)
+    sizes = [[len(group["params"]) for group in state["param_groups"]]
+             for state in (checkpoint["optimizer"], optimizer.state_dict())]  # fmt: skip
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{path} froze other weights: start a new run with it as --pretrained")
     model.load_state_dict(checkpoint["model"])
     groups = zip(checkpoint["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
     groups = [saved | {"weight_decay": own["weight_decay"]} for saved, own in groups]  # --override
@@ -582,7 +587,7 @@ def log_validation(run: Run, val: Metrics) -> None:
     images, labels = data.val.__getitems__(chosen)
     rows = zip(labels, val.predicted[chosen], val.probability[chosen])
     captions = [f"{names[label]}\n{names[guess]} {p:.0%}" for label, guess, p in rows]
-    writer.add_image("validation: true class, predicted class", draw_grid(images, captions), step)
+    writer.add_image("predictions: true class, predicted class", draw_grid(images, captions), step)
     writer.add_image("confusion", draw_confusion(val.confusion, data.classes), step)
 
 def log_result(run: Run) -> None:
@@ -706,7 +711,7 @@ def make_run(args: argparse.Namespace) -> Run:
         args=args, accelerator=accelerator, folder=folder, data=data, model=model,
         optimizer=optimizer, sampler=sampler, loader=loader, state=RunState(), stop=StopSignal(),
         steps=sampler.batches // args.grad_accum_steps,  # of an epoch
-        precision=f"precision {args.mixed_precision}, {reason}",
+        precision=f"precision {args.mixed_precision.replace('no', 'float32')}, {reason}",
         transform=make_transform(data.mean, data.std, args.augment, data.train, args.padding),
         mix=BatchCutMix(len(data.classes)) if args.augment == "cutmix" else None,
         pending=[],  # results of train_step that are not in state.sums yet
@@ -731,13 +736,12 @@ def start_writing(run: Run) -> None:
     if run.state.step > 0:
         return
     run.writer.add_text("command", shlex.join(["python", *sys.argv]))
-    flags = "".join(f"| {name} | {value} |\n" for name, value in vars(run.args).items())
-    run.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{flags}")
+    run.writer.add_text("flags", "\n".join(f"- {k}: {v}" for k, v in vars(run.args).items()))
     run.writer.add_custom_scalars({"In the order in which to look": CHARTS})
     labels = run.data.train.labels
     names = [run.data.classes[labels[i]] for i in pick_examples(labels, 64)]
-    images = augment_first(run.data, run.args.augment, run.args.seed)
-    run.writer.add_image("augmented", draw_grid((images * 255).round().byte(), names))
+    images = augment_examples(run.data, run.args.augment, run.args.seed, run.args.padding)
+    run.writer.add_image("training images", draw_grid((images * 255).round().byte(), names))
 
 def describe_run(run: Run) -> str:
     """Return lines that say what the run trains, on what, how and where to."""
@@ -747,10 +751,12 @@ def describe_run(run: Run) -> str:
     left_out = f"{len(data.train) - run.steps * args.batch_size} left out"
     return "\n".join([
         f"network   {args.model}, {parameters:,} parameters",
-        f"data      {args.dataset}, {counts}, {args.workers} worker(s) to read them",
+        f"data      {args.dataset}, {counts}",
         *(count_images(data) if args.dataset == "folder" else ()),
         f"an epoch  {run.steps} batches of {args.batch_size} images, {left_out}",
-        f"machine   {run.accelerator.num_processes} process(es) on {device}, {run.precision}",
+        f"machine   {run.accelerator.num_processes} process(es) on {device}, each with "
+        f"{args.workers} worker(s) that read images",
+        f"          {run.precision}",
         f"writes    {run.folder}",
     ])  # fmt: skip
 

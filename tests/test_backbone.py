@@ -314,7 +314,7 @@ def test_networks_are_saved_for_the_hub_with_their_labels(name, tmp_path, monkey
         assert list(found.input_size) == [32, 0.875]
     assert "FishNet.from_pretrained" in (tmp_path / "README.md").read_text()
     (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
-    with pytest.raises(UserError, match=r"expected a network of fishnet\.py"):
+    with pytest.raises(UserError, match=r"expected the config\.json of a network"):
         FishNet.from_pretrained(tmp_path)
 
 @pytest.mark.parametrize("name", ["fishnet99", "fishnet99_imagenet", "resnet50"])

@@ -293,7 +293,7 @@ def test_a_run_and_its_files(run_train, tmp_path):
     assert scalars.keys() == tags
     events = EventAccumulator(str(folder), {"images": 0}).Reload()
     assert {tag: len(events.Images(tag)) for tag in events.Tags()["images"]} == {
-        "augmented": 1, "validation: true class, predicted class": 2, "confusion": 2,
+        "training images": 1, "predictions: true class, predicted class": 2, "confusion": 2,
     }  # fmt: skip
     text = events.Tensors("command/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.startswith("python ") and str(folder) in text
@@ -482,6 +482,7 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
         (("--epochs", "2"), r"settings: epochs 1 -> 2; repeat them, or add --override"),
         (("--model-args", "bridge=none"), "settings: bridge se -> none; "),
         (("--override", "--opt", "adam"), "has other classes, steps an epoch or --opt, which"),
+        (("--override", "--freeze", "tail"), "froze other weights: start a new run"),
         (("--override", "-b", "16"), "has other classes, steps an epoch or --opt, which"),
         (("--override", "--model-args", "bridge=none"), "do not fit the model"),
     ):
@@ -506,6 +507,8 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
     ("--model-args k=5", "k=5: expected a divisor"),
     ("--model-args depth=5", "depth: not a field of FishNetConfig"),
     ("--model-args num_classes=5", "num_classes is the dataset's"),
+    ("--freeze neck", "freeze=neck: the network has no part 'neck'"),
+    ("--whiten --pretrained a.pt", "--pretrained would replace these filters"),
     ("--model no_such_module:make", "no_such_module"),
     ("--model test_train:nothing", "nothing"),
     ("--data-dir /dev/null", "/dev/null"),
