@@ -322,6 +322,7 @@ def paint(features: Tensor, image: Tensor) -> Image.Image:
     """Return a picture of a map (C, h, w): the first three principal components over its pixels as
     brightness and two colours, with signs that follow the image (3, H, W)."""
     x = (features - features.mean((1, 2), keepdim=True)).flatten(1)  # (C, h w)
+    x = F.normalize(x, dim=1)  # otherwise a few channels of deep stages hide the rest
     y = x.T @ torch.linalg.svd(x, full_matrices=False).U[:, :3]  # (h w, 3)
     grey = F.adaptive_avg_pool2d(image.float().mean(0, True), features.shape[1:]).flatten()
     y = y * torch.where((grey - grey.mean()) @ y < 0, -1, 1)
