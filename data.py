@@ -322,7 +322,7 @@ class FolderSet(ImageFolder):
 
     def __init__(self, root: Path, size: int, ratio: float, seed: int) -> None:
         if not root.is_dir():
-            raise UserError(f"{root}: not there; expected a folder of images for each class in it")
+            raise UserError(f"{root}: not there; --data-dir is the folder that holds train/CLASS/")
         self.size, self.ratio, self.seed, self.passed_over = size, ratio, seed, Counter()
         super().__init__(root, is_valid_file=self.is_image, allow_empty=True)
         self.labels = torch.tensor(self.targets, dtype=torch.int64)

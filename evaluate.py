@@ -234,13 +234,14 @@ def read_crops(paths: Iterable[str | Path], input_size: tuple[int, float],
 def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path], tta: bool = False,
             batch_size: int = 64, faults: list | None = None) -> list[tuple]:  # fmt: skip
     """Return (image, [(class, probability), ...]) for each image, its five most probable classes.
-    `model` is a checkpoint's path, or comes from load_model. `images` are paths of files and
-    folders, or uint8 (N, 3, H, W), named by index. A file that cannot be read is left out: its
+    `model` is a checkpoint's path, or comes from load_model. `images` are a path or paths of files
+    and folders, or uint8 (N, 3, H, W), named by index. A file that cannot be read is left out: its
     UserError goes to `faults`, or is raised at the end. `tta` averages over mirror images."""
     if not isinstance(model, nn.Module):
         model = load_model(load_checkpoint(model), model)
         model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     device, transform = next(model.parameters()).device, make_transform(model.mean, model.std)
+    images = [images] if isinstance(images, (str, Path)) else images
     results, errors = [], [] if faults is None else faults
     if isinstance(images, Tensor):
         crops = ((i, centre_crop(image, *model.input_size)) for i, image in enumerate(images))
@@ -374,9 +375,10 @@ def write_table(path: Path, rows: Iterable[Sequence]) -> None:
 
 def write_report(args: argparse.Namespace, m: Metrics, images: ImageSet | FolderSet,
                  classes: Sequence[str]) -> None:  # fmt: skip
-    """Write pictures, report.json, and predictions.csv with the surest mistakes first."""
+    """Write pictures, report.json and predictions.csv, which begins with the surest mistakes and
+    ends with the surest hits."""
     rows, captions, is_wrong = [], [], m.predicted != images.labels
-    order = (is_wrong * (1 + m.probability)).argsort(descending=True, stable=True).tolist()
+    order = torch.where(is_wrong, m.probability, -m.probability).argsort(descending=True).tolist()
     for i in order:
         name = images.samples[i][0] if isinstance(images, FolderSet) else str(i)
         true, found, p = classes[images.labels[i]], classes[m.predicted[i]], m.probability[i].item()
@@ -431,7 +433,7 @@ def predict_files(args: argparse.Namespace, model: nn.Module) -> int:
     for i, (file, top) in enumerate(results if args.save else (), 1):
         image = TF.resize(read_image(file), None, max_size=512, antialias=True)
         grid = draw_grid(image[None], ["\n".join(f"{p:.1%} {name}" for name, p in top)])
-        write_file(args.save / f"{i:05} {Path(file).stem}.png", grid)
+        write_file(args.save / f"{i:05}_{Path(file).stem}.png", grid)
     if args.features and results:
         image = read_crop(results[0][0], *model.input_size)
         write_file(args.features, draw_features(model, image))
@@ -453,6 +455,7 @@ def print_metrics(m: Metrics, args: argparse.Namespace, name: str, classes: Sequ
         print(f"  {name:<{width}.{width}}  {error:7.2%}  {precision:9.2%}  {recall:7.2%}  {n:7}")
     mistakes = m.confusion - m.confusion.diag().diag()
     pair = divmod(int((mistakes + mistakes.T).argmax()), len(classes))
+    print("the two classes most often confused:")
     for true, found in (pair, pair[::-1]):
         if count := mistakes[true, found].item():
             print(f"{count:7} x {classes[true]:.30} taken for {classes[found]:.30}")

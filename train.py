@@ -469,9 +469,10 @@ def train_epoch(run: Run) -> dict[str, float]:
         if stopped or is_due:
             save(run, "last.pt")
         if stopped:
+            bar.close()
             saved = f"{signal.Signals(stopped).name}: saved step {state.step}"
-            way_on = f"continue with --output-dir {shlex.quote(str(run.folder))} --resume auto"
-            run.accelerator.print(f"{saved}; {way_on}")
+            way_on = f"--output-dir {shlex.quote(str(run.folder))} --resume auto"
+            run.accelerator.print(f"{saved}; continue with the same flags and {way_on}")
             run.accelerator.end_training()
             sys.exit(128 + stopped)
     bar.close()
@@ -748,12 +749,13 @@ def describe_run(run: Run) -> str:
     args, data, device = run.args, run.data, run.accelerator.device.type
     parameters = sum(p.numel() for p in run.model.parameters())
     counts = f"{len(data.train)} training and {len(data.val)} validation images"
-    left_out = f"{len(data.train) - run.steps * args.batch_size} left out"
+    left_out = len(data.train) - run.steps * args.batch_size
+    note = f", {left_out} left out, others each time" if left_out else ""
     return "\n".join([
         f"network   {args.model}, {parameters:,} parameters",
         f"data      {args.dataset}, {counts}",
         *(count_images(data) if args.dataset == "folder" else ()),
-        f"an epoch  {run.steps} batches of {args.batch_size} images, {left_out}",
+        f"an epoch  {run.steps} batches of {args.batch_size} images{note}",
         f"machine   {run.accelerator.num_processes} process(es) on {device}, each with "
         f"{args.workers} worker(s) that read images",
         f"          {run.precision}",
@@ -766,7 +768,10 @@ def describe_next(run: Run) -> str:
     path = run.folder / ("best.pt" if (run.folder / "best.pt").exists() else "last.pt")
     more = f" --model {run.args.model}" if ":" in run.args.model else ""
     more += " --report report" if len(run.data.test) else " --report report --split val"
-    lines = [f"evaluate  python evaluate.py {shlex.quote(str(path))}{more}",
+    best = run.state.history[run.state.best_epoch - 1] if run.state.best_epoch else {}
+    lines = [f"best      epoch {best['epoch']}: val loss {best['val_loss']:.3f}, error "
+             f"{best['val_top1_error']:.2%}"] if "val_loss" in best else []
+    lines += [f"evaluate  python evaluate.py {shlex.quote(str(path))}{more}",
              f"look      tensorboard --logdir {shlex.quote(str(run.folder))}"]  # fmt: skip
     if run.args.recipe == "demo":
         lines += ["next      python train.py --recipe strong --model fishnet_tiny   # on CIFAR-10",

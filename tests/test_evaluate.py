@@ -249,7 +249,7 @@ def test_predictions_are_written(checkpoint, run_evaluate, cifar_dir, tmp_path):
     flags = "--csv", out / "a.csv", "--save", out, "--features", out / "f.png", "--json"
     with pytest.raises(SystemExit, match=r"^0$"):
         run_evaluate(checkpoint, *map(str, (tmp_path / "0.png", tmp_path / "0.png", *flags)))
-    assert sorted(p.name for p in out.iterdir()) == ["00001 0.png", "00002 0.png", "a.csv", "f.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["00001_0.png", "00002_0.png", "a.csv", "f.png"]
     _, (name, found, probability), _ = csv.reader((out / "a.csv").open())
     top = predict(load_model(checkpoint, "a.pt"), image[None])[0][1][0]
     assert (name, found) == (str(tmp_path / "0.png"), top[0])
@@ -313,3 +313,9 @@ def test_a_model_from_a_checkpoint_gives_the_logits_of_the_one_that_was_saved(ch
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(load_model(content, "a.pt").eval()(images), source(images))
+
+def test_the_weights_that_ship_know_pictures_and_their_size():
+    path, names = ROOT / "weights/fishnet_tiny_cifar10.pt", ["cat.jpg", "horse.png", "rocket.jpg"]
+    assert path.stat().st_size < 8e6
+    found = predict(path, [ROOT / "docs" / name for name in names])
+    assert [top[0][0] for _, top in found] == ["cat", "horse", "airplane"]

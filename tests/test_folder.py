@@ -81,7 +81,7 @@ def test_what_is_passed_over_is_counted_by_suffix(copy):
     assert others == "passed over: 2 .heic, 1 .txt, 1 folder lost+found, 1 no suffix"
 
 @pytest.mark.parametrize("change, fragment", [
-    (remove("train"), "/train: not there; expected a folder of images for each class"),
+    (remove("train"), "/train: not there; --data-dir is the folder that holds train/CLASS/"),
     (remove("train/apple", "train/banana"), "/train: 1 folders"),
     (lambda root: (root / "train" / "date").mkdir(), "/train/date: no images such as .jpg; fill"),
     (lambda root: (root / "val" / "date").mkdir(), "/val/date: no images"),
@@ -336,7 +336,7 @@ def test_sixty_images_end_in_a_useful_network(monkeypatch, capsys, tmp_path):
     flags += f" --output-dir {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     train.main()
-    assert "6 batches of 8 images, 6 left out" in capsys.readouterr().out
+    assert "6 batches of 8 images, 6 left out, others each time" in capsys.readouterr().out
     assert load(tmp_path / "run" / "best.pt")["state"]["history"][-1]["val_top1_error"] == 0
 
 def test_a_cifar_checkpoint_takes_files(run_train, call, cifar_dir, tmp_path):

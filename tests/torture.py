@@ -568,35 +568,6 @@ def spoil_validation() -> None:
     evaluate = train.evaluate
     train.evaluate = lambda *args: Metrics(**vars(evaluate(*args)) | {"loss": math.nan})
 
-# ------------------------------------------------------------------------------------------- stall
-
-def part_stall(quick: bool) -> Iterator[str]:
-    """Compare the time of a save of fishnet99 and Adam's state with that of the 156 steps of batch
-    256 between two saves."""
-    answer, log = work("answer.txt"), work("stall.log")
-
-    def clock(function: Callable, *arguments: object) -> float:
-        started = time.perf_counter()
-        function(*arguments)
-        return time.perf_counter() - started
-
-    def measure() -> None:
-        flags = ["--data-dir", str(work("cifar")), "--output-dir", folder, "-b", "32"]
-        run = train.make_run(train.parse_args(flags))
-        run.model.train()
-        steps = [8 * clock(train.train_step, run, iter(run.loader)) for _ in range(2)]  # of 8 x 32
-        saves = [clock(train.save, run, "last.pt") for _ in range(7)]
-        size = (run.folder / "last.pt").stat().st_size
-        answer.write_text(f"{size} {sorted(saves)[3]} {steps[-1]}")
-
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder:  # on a disk, as in training
-        codes = wait(start(log, measure), 300)
-    assert codes == [0], log.read_text()
-    size, save, step = map(float, answer.read_text().split())
-    share = save / (save + 156 * step)
-    yield "" if share < 0.035 else f"wrong: {share:.2%}"
-    REMARKS["stall"] = f"{size / 1e6:.0f} MB in {save:.2f} s, {share:.3%} of the time"
-
 # -------------------------------------------------------------------------------------------- main
 
 # A part yields "" for each case that goes well, else a fault "KIND: what happened".
