@@ -326,7 +326,7 @@ class StopSignal:
 # One chart each in TensorBoard's Custom Scalars: the tags that it shows.
 CHARTS = {
     "loss": ["Multiline", ["loss/train", "loss/val"]],
-    "error": ["Multiline", ["error/train", "error/val"]], "learning rate": ["Multiline", ["lr"]],
+    "error": ["Multiline", ["error/train", "error/val$"]], "learning rate": ["Multiline", ["lr"]],
     "images per second": ["Multiline", ["speed/images_per_second"]],
     "norm of the gradient": ["Multiline", ["gradient_norm/.*"]],
 }  # fmt: skip
