@@ -22,7 +22,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -722,18 +722,21 @@ def print_faults(data: Data) -> int:
 def print_speed(data: Data) -> None:
     """Print images/s of our crops and of ImageFolder's on one thread, which take turns."""
     torch.set_num_threads(1)
-    train, size = data.train, data.train.size
+    train, size, examples = data.train, data.train.size, pick_examples(data.train.labels, 64)
+
+    def time_reads(read: Callable) -> float:
+        start = time.perf_counter()
+        for index in examples:
+            read(train, index)
+        return time.perf_counter() - start
+
     centre = [transforms.Resize(round(size / train.ratio)), transforms.CenterCrop(size)]
     for train.epoch, steps in ((0, [transforms.RandomResizedCrop(size)]), (None, centre)):
         train.transform = transforms.Compose([*steps, transforms.PILToTensor()])  # ImageFolder's
-        examples, seconds, rounds = pick_examples(train.labels, 64), np.zeros(2), 0
+        seconds, rounds = np.zeros(2), 0
         while seconds.sum() < 10:
+            seconds += [time_reads(FolderSet.__getitem__), time_reads(ImageFolder.__getitem__)]
             rounds += 1
-            for i, read in enumerate((FolderSet.__getitem__, ImageFolder.__getitem__)):
-                start = time.perf_counter()
-                for index in examples:
-                    read(train, index)
-                seconds[i] += time.perf_counter() - start
         ours, pillow = rounds * len(examples) / seconds
         speeds = f"{ours:.1f} images/s, ImageFolder {pillow:.1f}, ratio {ours / pillow:.2f}"
         print(f"{type(steps[-1]).__name__}: {speeds}")

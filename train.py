@@ -81,11 +81,7 @@ def parse_field(text: str) -> tuple[str, object]:
         value = ast.literal_eval(value)
     return name, value
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=RECIPES, default="baseline", help="sets the defaults")
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False, formatter_class=style)
+def add_flags(parser: argparse.ArgumentParser) -> None:
     add, path = parser.add_argument, os.path.expanduser
     add("--dataset", choices=DATASETS, help="what to train on")
     add("--data-dir", type=path, default="data", help="folder with CIFAR, or train/ and val/")
@@ -93,8 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-fraction", type=float, help="part of the training images kept for validation")
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
     add("--padding", type=int, help="largest shift of --augment standard, cutout and cutmix")
-    add("-j", "--workers", type=parse_workers, default="auto", help="processes that read data; "
-        "auto: none for data in memory, one a core for a folder")
+    add("-j", "--workers", type=parse_workers, default="auto", help="processes that read images")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
     add("--model-args", nargs="+", action="extend", type=parse_field, default=[],
         metavar="FIELD=VALUE", help="fields of FishNetConfig, such as k=4, or FUNCTION's arguments")
@@ -104,8 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--whiten", action="store_true", help="freeze a first convolution that whitens patches")
     add("--epochs", type=int, help="number of epochs, which the learning rate follows")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
-    add("-b", "--batch-size", type=int, help="over all processes and accumulated parts; "
-        "if not given, the recipe's, or less for few images")
+    add("-b", "--batch-size", type=int, help="of all processes; not given: it suits the data")
     add("--grad-accum-steps", type=int, default=1, help="parts of a batch, to save memory")
     add("--opt", choices=("adam", "adamw", "sgd", "muon"), help="sgd, muon: Nesterov momentum 0.9")
     add("--lr", type=float, help="peak learning rate")
@@ -126,6 +120,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", type=path, metavar="PATH|auto", help="auto: newest in --output-dir")
     add("--override", action="store_true", help="resume although flags changed")
     add("--log-every", type=int, default=10, help="steps between checks, and TensorBoard's points")
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", choices=RECIPES, default="baseline", help="sets the defaults")
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False, formatter_class=style)
+    add_flags(parser)
     recipe = dict(RECIPES[first.parse_known_args(argv)[0].recipe])
     fields = recipe.pop("model_args")
     del recipe["batch_size"]  # choose_batch_size needs to know whether it was given
