@@ -565,15 +565,6 @@ def test_compile_changes_nothing_and_happens_once(run_train, tmp_path, monkeypat
     assert_same(*(load(tmp_path / name / "last.pt") for name in ("compiled", "eager")))
     assert "gradient_norm/b4" not in read_scalars(tmp_path / "eager")
 
-def test_cuda_graphs_need_gradients_that_stay_in_place(monkeypatch):
-    modes = []
-    monkeypatch.setattr(nn.Module, "compile", lambda model, mode: modes.append(mode))
-    for device, processes, parts in (("cpu", 1, 1), ("cuda", 1, 1), ("cuda", 2, 1), ("cuda", 1, 2)):
-        args = train.parse_args([*SMALL, "--compile", "--grad-accum-steps", str(parts)])
-        accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
-        train.make_model(args, 10, accelerator)
-    assert modes == [None, "reduce-overhead", None, None]
-
 def test_accelerate_launch(cifar_dir, tmp_path):
     """Its compiler is not used, because it would change the names of the weights."""
     launch = "-m", "accelerate.commands.launch", "--dynamo_backend", "eager", "train.py"
