@@ -21,6 +21,7 @@ import sys
 import time
 import unicodedata
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,16 @@ def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Te
         count = min(max(round(val_fraction * len(members)), 1), len(members) - 1)
         in_val[members[:count]] = True
     return (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
+
+def describe_split(data: Data) -> dict[str, int]:
+    """Return how many images train and val have and, of a folder, a checksum of their names: when
+    files move, images that a network was trained on may come into val."""
+    found = {"train": len(data.train), "val": len(data.val)}
+    if isinstance(data.train, FolderSet):
+        sets = ((images.root, images.samples) for images in (data.train, data.val))
+        names = [os.path.relpath(path, root) for root, samples in sets for path, _ in samples]
+        found["names"] = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
+    return found
 
 # ------------------------------------------------------------------------------------------ CIFAR
 

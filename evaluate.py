@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from data import CENTRE_RATIO, DATASETS, IMAGE_SUFFIXES, Data, FolderSet, ImageSet, centre_crop
-from data import choose_workers, collate, draw_grid, ignore_signals, load_data, make_transform
-from data import is_hidden, parse_workers, read_crop, read_image, to_ascii
+from data import choose_workers, collate, describe_split, draw_grid, ignore_signals, load_data
+from data import is_hidden, make_transform, parse_workers, read_crop, read_image, to_ascii
 from fishnet import FishNet, ResNet, UserError, create_model, max_pool
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -408,9 +408,9 @@ def load_split(args: argparse.Namespace, checkpoint: dict, accelerator: Accelera
     data = load_on_all(accelerator, dataset, *options)
     if list(data.classes) != checkpoint["classes"]:
         raise UserError(f"dataset={dataset}: has other classes than {args.checkpoint}")
-    images = {"train": len(data.train), "val": len(data.val)}
-    if args.split == "val" and dataset == trained["dataset"] and images != checkpoint["images"]:
-        raise UserError(f"split=val: found {images} images, but the run had {checkpoint['images']}")
+    images, had = describe_split(data), checkpoint["images"]
+    if args.split == "val" and dataset == trained["dataset"] and images != had:
+        raise UserError(f"split=val: changed from {had} to {images} since the run; train again")
     if not len(getattr(data, args.split)):
         raise UserError(f"split={args.split}: has no images in {data_dir}; give another --split")
     return data

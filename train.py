@@ -40,8 +40,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_examples
-from data import choose_workers, collate, count_cores, count_images, draw_grid, ignore_signals
-from data import make_transform, parse_workers, pick_examples, seeded
+from data import choose_workers, collate, count_cores, count_images, describe_split, draw_grid
+from data import ignore_signals, make_transform, parse_workers, pick_examples, seeded
 from evaluate import CHECKPOINT_FORMAT, DamagedFileError, Metrics, check_weights, draw_confusion
 from evaluate import evaluate, load_checkpoint, load_on_all, load_pretrained, raise_on_all
 from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, freeze
@@ -355,8 +355,8 @@ def describe(run: Run) -> dict:
     config = run.args.model_args | {"num_classes": len(run.data.classes)}
     if ":" not in run.args.model:
         config = asdict(run.accelerator.unwrap_model(run.model).config)
-    images = {"train": len(run.data.train), "val": len(run.data.val)}
-    return {"config": config, "images": images, "classes": list(run.data.classes)}
+    images, classes = describe_split(run.data), list(run.data.classes)
+    return {"config": config, "images": images, "classes": classes}
 
 def save(run: Run, *names: str) -> None:
     """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on all

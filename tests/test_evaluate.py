@@ -177,7 +177,7 @@ def test_another_dataset_than_the_checkpoints_is_refused(checkpoint, run_evaluat
     huge = torch.full_like(checkpoint["model"]["fc.weight"], 3e38)
     for change, flags, message in (
         ({"classes": ["cat"] * 10}, (), "has other classes"),
-        ({"images": {"train": 100, "val": 20}}, ("--split", "val"), "but the run had"),
+        ({"images": {"train": 100, "val": 20}}, ("--split", "val"), "split=val: changed from"),
         ({"args": folder}, ("--dataset", "cifar10"), "32 x 32 pixels, but .* takes 64 x 64"),
         ({"model": checkpoint["model"] | {"fc.weight": huge}}, (), "outputs are not finite"),
     ):

@@ -275,9 +275,13 @@ def test_an_unreadable_image_of_the_validation_does_not_hang_its_workers(copy, t
 
 def test_a_run_is_bound_to_its_classes_and_its_split(run_folder, call, copy, tmp_path):
     run_folder(copy, "run", "--epochs", "2", "--max-steps", "3")
+    image = copy / "train" / "apple" / "0.png"
+    image.rename(image.with_name("9.png"))  # with val inside train, this could move it there
+    code, _, _ = call(evaluate, tmp_path / "run" / "last.pt", "--split", "val")
+    assert code.startswith("evaluate.py: split=val: changed from {'train': 24, 'val': 9, 'names'")
     (copy / "val").rename(copy / "away")  # a part of the training images would take its place
     code, _, _ = call(evaluate, tmp_path / "run" / "last.pt", "--split", "val")
-    assert code.startswith("evaluate.py: split=val: found {'train': 18, 'val': 6} images")
+    assert "to {'train': 18, 'val': 6, 'names'" in code
     with pytest.raises(SystemExit, match=r"images .*'train': 24.* -> .*'train': 18"):
         run_folder(copy, "run", "--epochs", "2", "--resume", "auto")
     (copy / "train" / "banana").rename(copy / "train" / "zebra")
