@@ -14,6 +14,7 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import errno
 import io
 import json
 import math
@@ -510,8 +511,11 @@ def run_epochs(run: Run) -> None:
             broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
                            batch_size, args.workers)  # fmt: skip
-            if not math.isfinite(val.loss):
-                way_on = "lower --lr, with --override and --resume previous.pt, or start again"
+            is_lost = not math.isfinite(val.loss)
+            if is_lost and run.accelerator.is_main_process:  # --resume auto takes the one before it
+                (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
+            if is_lost:
+                way_on = "lower --lr, with --resume auto --override or in a new folder"
                 raise UserError(f"validation loss after step {state.step} is not finite: {way_on}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
                     "val_top5_error": val.top5_error}  # fmt: skip
@@ -782,8 +786,8 @@ def describe_next(run: Run) -> str:
 def explain(error: Exception) -> str:
     """Return one line for a failure of the machine. Raises any other error again."""
     text = str(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        return f"{os.fsdecode(error.filename or 'TensorBoard')}: {error.strerror}"
     if isinstance(error, BlockingIOError):
         return f"a process cannot be started ({error.strerror}): lower --workers"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
