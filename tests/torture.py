@@ -166,7 +166,7 @@ class Run:
         """Wait for the end; return "" or a fault. Exit codes have to be `allowed`, if any is given,
         and a traceback has to end with an error that matches `excused`."""
         codes, output, kind = wait(self.processes, 120), self.output(), ""
-        errors = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", output, re.M)
+        errors = re.findall(r"^[\w.]*(?:Error|Exception(?! in thread)|Interrupt)\b.*", output, re.M)
         if None in codes or (-KILL not in codes and has_orphans()):
             kind = "hang"
         elif "Traceback" in output and not (excused and all(re.search(excused, e) for e in errors)):
