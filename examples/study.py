@@ -24,6 +24,7 @@ import math
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -104,9 +105,13 @@ def read_gradients(folder: Path, model: FishNet | ResNet) -> dict[str, list[tupl
         weights[PARTS[name.partition(".")[0]]] += p.numel()
     gradients = {}
     for part in filter(weights.get, weights):
-        tag, scale = f"gradient_norm/{part}", 1e3 / math.sqrt(weights[part])
-        points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-        gradients[part] = [(point.step, scale * point.value) for point in points]
+        squares = Counter()  # of the part's stages, added up by step
+        for stage in (stage for stage, own in PARTS.items() if own == part):
+            tag = f"gradient_norm/{stage}"
+            for point in events.Scalars(tag) if tag in events.Tags()["scalars"] else ():
+                squares[point.step] += point.value**2
+        norms = ((step, math.sqrt(square / weights[part])) for step, square in squares.items())
+        gradients[part] = [(step, 1e3 * norm) for step, norm in sorted(norms)]
     return gradients
 
 def summarise(variant: str, seed: int, folder: Path) -> dict:

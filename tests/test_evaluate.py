@@ -315,7 +315,7 @@ def test_a_model_from_a_checkpoint_gives_the_logits_of_the_one_that_was_saved(ch
         assert torch.equal(load_model(content, "a.pt").eval()(images), source(images))
 
 def test_the_weights_that_ship_know_pictures_and_their_size():
-    path, names = ROOT / "weights/fishnet_tiny_cifar10.pt", ["cat.jpg", "horse.png"]
+    path = ROOT / "weights/fishnet_tiny_cifar10.pt"
     assert path.stat().st_size < 8e6
-    found = predict(path, [ROOT / "docs" / name for name in names])
+    found = predict(path, [ROOT / "docs/cat.jpg", ROOT / "docs/horse.png"])
     assert [top[0][0] for _, top in found] == ["cat", "horse"]
