@@ -34,7 +34,7 @@ def assert_same(a: object, b: object, where: str = "") -> None:
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         times = {"seconds", "data_seconds", "images_per_second", "data_wait", "args"}
-        for key in (key for key in a.keys() - times if "speed/" not in key):
+        for key in (key for key in a.keys() - times if "speed/" not in str(key)):
             assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
