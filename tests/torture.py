@@ -1,6 +1,6 @@
 """Try to break what the project promises: kills, signals, full disks, damaged and hostile files.
 
-    python tests/torture.py                      # everything, 10 minutes on one core
+    python tests/torture.py                      # everything, 7 minutes on one core
     python tests/torture.py --only kills images  # some parts
     python tests/torture.py --quick              # a tenth of the cases
 
