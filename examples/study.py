@@ -32,6 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from fishnet import PARTS as STAGES
 from fishnet import FishNet, ResNet, UserError, create_model
 from flops import count
 
@@ -53,9 +54,8 @@ VARIANTS = {
     "no dilation": {"body_dilations": (1, 1, 1)},
     "k = 4": {"k": 4},
 }
-PARTS = dict.fromkeys(("stem", "t1", "t2", "t3", "t4", "bridge"), "tail")
-PARTS |= dict.fromkeys(("b4", "b3", "b2"), "body")
-PARTS |= dict.fromkeys(("h1", "h2", "h3", "h4", "pool", "fc"), "head")
+PARTS = {stage: part for part, stages in STAGES.items() for stage in stages.split()}
+PARTS["fc"] = "head"
 FIXED = (  # flags of train.py that this program chooses
     "--model", "--model-args", "--dataset", "--recipe", "--seed", "--resume", "--val-fraction",
 )  # fmt: skip
