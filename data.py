@@ -49,9 +49,6 @@ CIFAR = {
     "cifar10": (CIFAR10, b"labels", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (CIFAR100, b"fine_labels", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-SHAPES = (
-    "disc", "ring", "half disc", "crescent", "triangle", "square", "bar", "cross", "star", "corner",
-)  # fmt: skip
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 
 # The usual constants for folders of images, from github.com/facebookarchive/fb.resnet.torch. The
@@ -178,11 +175,12 @@ class ArrayUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
-def read_pickle(path: Path) -> dict:
-    """Return the dict in one of CIFAR's files, without running code from it."""
+def read_pickle(path: Path, *keys: bytes) -> list:
+    """Return values of the dict in one of CIFAR's files, without running code from it."""
     try:
         with path.open("rb") as file:
-            return dict(ArrayUnpickler(file, encoding="bytes").load())
+            content = ArrayUnpickler(file, encoding="bytes").load()
+        return [content[key] for key in keys]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; complete or remove its folder") from None
     except Exception as error:  # damaged pickles raise many kinds, some with several lines
@@ -190,14 +188,13 @@ def read_pickle(path: Path) -> dict:
 
 def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return images uint8 (N, 3, 32, 32) and labels int64 (N,) of a batch file."""
-    data, labels = map(read_pickle(path).get, (b"data", label_key))
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
-        raise UserError(f"{path}: 'data' is not an array uint8 (N, 3072)")
-    labels, expected = np.asarray(labels), f"{len(data)} integers from 0 to {num_classes - 1}"
-    is_list = labels.shape == data.shape[:1] and labels.dtype.kind == "i" and len(labels)
-    if not is_list or labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"{path}: {label_key.decode()!r} is not a list of {expected}")
-    return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.tensor(labels.tolist())
+    data, labels = read_pickle(path, b"data", label_key)
+    shape = len(labels) if isinstance(labels, list) else 0, 3072
+    is_data = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == shape
+    if not is_data or not all(type(n) is int and 0 <= n < num_classes for n in labels):
+        expected = f"uint8 (N, 3072) and N labels from 0 to {num_classes - 1}"
+        raise UserError(f"{path}: not a CIFAR file (expected data {expected})")
+    return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.tensor(labels)
 
 def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """Return (train, test, class names), downloaded if the folder is not there."""
@@ -209,9 +206,7 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
         except (OSError, RuntimeError) as error:
             raise UserError(f"{folder}: download failed ({error}); unpack {source.url} into "
                             f"{data_dir}, or try --dataset shapes") from None  # fmt: skip
-    names = read_pickle(folder / source.meta["filename"]).get(source.meta["key"].encode())
-    if not isinstance(names, list):
-        raise UserError(f"{folder / source.meta['filename']}: has no list of class names")
+    (names,) = read_pickle(folder / source.meta["filename"], source.meta["key"].encode())
     for files in (source.train_list, source.test_list):
         batches = [read_batch(folder / file, label_key, len(names)) for file, _ in files]
         sets.append(ImageSet(*(torch.cat(parts) for parts in zip(*batches))))
@@ -234,7 +229,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 def read_image(path: str | Path) -> Tensor:
     """Return an image file as a viewer shows it: uint8 RGB (3, H, W). This is the first frame,
-    turned as EXIF says. Grey of 12 or 16 bits is scaled to 8, transparent pixels lie on white,
+    turned as EXIF says. Grey of 16 bits is scaled to 8, transparent pixels lie on white,
     other colours become RGB by Pillow's formulas. Raises UserError, naming the file, if it cannot
     be decoded or has values without an agreed white."""
     with open_image(path) as image:
@@ -297,16 +292,13 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if isinstance(key, tuple) and image.tile[0].args == "RGB;16B":  # Pillow keeps the upper bits
         image.info["transparency"] = tuple(value >> 8 for value in key)
     is_deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
-    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 are its bits, 262 is 0 if 0 means white
-    white, is_negative = 4095 if tags.get(258) == (12,) else 65535, tags.get(262) == 0
     image.filename = ""  # otherwise Pillow maps a turned TIFF into memory by the wrong sides
     image.load()
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if is_deep:
         values = np.asarray(image).astype(np.uint16)
-        grey = (values * (255 / white)).round().astype(np.uint8)
-        image = Image.fromarray(255 - grey if is_negative else grey)
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
         if isinstance(key, int):
             image.putalpha(Image.fromarray(values != key))
     if image.mode in ("I", "F"):
@@ -399,57 +391,48 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: fl
 
 # ----------------------------------------------------------------------------------------- shapes
 
+def arc(radius: float, start: float, end: float) -> np.ndarray:
+    """Return points of a circle around 0 as complex numbers. Angles are in turns."""
+    return radius * np.exp(2j * np.pi * np.linspace(start, end, 65))
+
+# Outlines within the unit circle, whose points (x, y) are complex numbers x + iy.
+OUTLINES = {
+    "disc": arc(0.95, 0, 1),
+    "ring": np.append(arc(0.95, 0, 1), arc(0.55, 1, 0)),
+    "half disc": arc(0.95, 0, 0.5),
+    "crescent": np.append(arc(0.95, 0.15, 0.85), 0.5 + arc(0.77, 0.76, 0.24)),
+    "triangle": np.exp(2j * np.pi * np.arange(3) / 3),
+    "square": np.exp(2j * np.pi * np.arange(4) / 4),
+    "bar": np.array([0.95 + 0.3j, -0.95 + 0.3j, -0.95 - 0.3j, 0.95 - 0.3j]),
+    "cross": np.outer(1j ** np.arange(4), [0.95 - 0.25j, 0.95 + 0.25j, 0.25 + 0.25j]).ravel(),
+    "star": np.exp(1j * np.pi * np.arange(10) / 5) * np.tile([1, 0.4], 5),
+    "corner": 0.1 * np.array([-7 - 7j, 7 - 7j, 7 - 2j, -2 - 2j, -2 + 7j, -7 + 7j]),
+}
+SHAPES = tuple(OUTLINES)
+
+def draw_mask(shape: str, size: int, centre: complex, radius: float, angle: float) -> np.ndarray:
+    """Draw a figure: (size, size), the part of each pixel that lies inside."""
+    points = 4 * (centre + radius * np.exp(1j * angle) * OUTLINES[shape])  # at four times the size
+    mask = Image.new("L", (4 * size, 4 * size))
+    ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], fill=255)
+    return np.asarray(mask.reduce(4)) / 255
+
 def draw_shapes(count: int, seed: int) -> ImageSet:
     """Draw ten kinds of figures, as many of each: images uint8 (N, 3, 32, 32). Rotation, size,
     place, colours and noise are drawn alike for all classes, so only the form tells them apart."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % len(SHAPES))
-    angle = rng.uniform(0, 2 * np.pi, count)
-    radius = rng.uniform(9, 13, count)
-    centre = rng.uniform(-1, 1, (2, count)) * (15 - radius) + 16
-    background = rng.uniform(0, 1, (count, 3))
-    colour = rng.uniform(0, 1, (count, 3))
-    is_near = np.abs(colour - background).max(1, keepdims=True) < 0.35  # hard to see
-    colour = np.where(is_near, (background + 0.5) % 1, colour)
-
     images = np.empty((count, 3, 32, 32), np.uint8)
-    grid = (np.arange(64, dtype=np.float32) + 0.5) / 2  # two samples a pixel, for smooth edges
-    for label in range(len(SHAPES)):
-        for index in np.array_split(np.flatnonzero(labels == label), 8):  # parts that fit the cache
-            x, y = ((grid - c[index, None]).astype(np.float32) for c in centre)
-            x, y = x[:, None, :], y[:, :, None]
-            turn = np.stack([np.cos(angle[index]), np.sin(angle[index])]) / radius[index]
-            cos, sin = turn.astype(np.float32)[:, :, None, None]
-            inside = is_inside(SHAPES[label], cos * x + sin * y, cos * y - sin * x)  # (n, 64, 64)
-            cover = inside.reshape(-1, 32, 2, 32, 2).mean((2, 4), dtype=np.float32)[:, None]
-            ground, figure = background[index, :, None, None], colour[index, :, None, None]
-            image = ground * (1 - cover) + figure * cover
-            noise = rng.standard_normal(image.shape, np.float32) * 0.06
-            images[index] = np.clip((image + noise) * 255, 0, 255).round()
+    for i, label in enumerate(labels):
+        radius, angle = rng.uniform(9, 13), rng.uniform(0, 2 * np.pi)
+        centre = 16 + 16j + (15 - radius) * complex(*rng.uniform(-1, 1, 2))
+        ground, figure = rng.uniform(0, 1, (2, 3, 1, 1))
+        if np.abs(figure - ground).max() < 0.35:  # hard to see
+            figure = (ground + 0.5) % 1
+        mask = draw_mask(SHAPES[label], 32, centre, radius, angle)
+        image = ground + (figure - ground) * mask + rng.normal(0, 0.06, (3, 32, 32))
+        images[i] = (255 * image).round().clip(0, 255)
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
-
-def is_inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return which points (x, y) lie in a figure. Figures lie in the unit circle."""
-    ax, ay, square_radius = np.abs(x), np.abs(y), x * x + y * y
-    parts = {"disc": True, "ring": square_radius > 0.3, "half disc": y > 0}
-    parts["crescent"] = (x - 0.5) ** 2 + y * y > 0.6
-    if shape in parts:
-        return (square_radius < 0.9) & parts[shape]
-    if shape == "triangle":
-        return (y > -0.5) & (0.866 * ax + 0.5 * y < 0.5)
-    if shape in ("square", "corner"):
-        inner = np.minimum(x, y) < (-0.2 if shape == "corner" else 1)
-        return (np.maximum(ax, ay) < 0.7) & inner
-    if shape == "bar":
-        return (ax < 0.95) & (ay < 0.3)
-    if shape == "cross":
-        return (np.maximum(ax, ay) < 0.95) & (np.minimum(ax, ay) < 0.25)
-    # A star: mirroring maps all points of a fifth to one edge, from tip (1, 0) to a notch.
-    sector = np.pi / 5
-    angle = sector - np.abs(np.mod(np.arctan2(y, x), 2 * sector) - sector)
-    u, v = np.sqrt(square_radius) * (np.cos(angle), np.sin(angle))
-    notch = 0.4 * np.cos(sector), 0.4 * np.sin(sector)
-    return (u - 1) * notch[1] + v * (1 - notch[0]) < 0
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
@@ -490,37 +473,13 @@ class EpochBatches:
 # torchvision's random transforms draw once for a whole batch, so all its images would be cropped or
 # flipped alike. The modules below draw for each image of a batch: float (N, C, H, W) in [0, 1].
 
-def crop_and_resize(images: Tensor, top: Tensor, left: Tensor, side: Tensor, size: int) -> Tensor:
-    """Resize a square box of each image: (N, C, H, W) -> (N, C, size, size), as torchvision's
-    resized_crop does with antialiasing. top, left, side (N,) are whole pixels. Bilinear resizing is
-    linear and separable, so a whole batch takes two matrix products: rows @ (image @ columns^T)."""
-    n, channels, height, width = images.shape
-
-    def weights(start: Tensor, length: int) -> Tensor:  # (N, size, length)
-        scale = (side / size)[:, None]
-        reach = scale.clamp(min=1)  # of a triangle to each side of its centre
-        pixels = torch.arange(length, device=images.device) + 0.5 - start[:, None]
-        is_outside = (pixels < 0) | (pixels > side[:, None])
-        pixels = (pixels / reach).masked_fill(is_outside, torch.inf)
-        centres = (torch.arange(size, device=images.device) + 0.5) * scale / reach
-        triangle = (1 - (pixels[:, None] - centres[:, :, None]).abs_()).clamp_(min=0)
-        return triangle.div_(triangle.sum(-1, keepdim=True))
-
-    top, left, side = torch.stack([top, left, side]).to(images.device, non_blocking=True)
-    columns = images.reshape(n, channels * height, width) @ weights(left, width).mT
-    return weights(top, height)[:, None] @ columns.view(n, channels, height, size)
-
 class BatchRandomResizedCrop(nn.Module):
-    """Crop a random square of `scale` of each image's area, and resize it to the image's width."""
+    """Crop a random square of `scale` of each image's area, and resize it to the image's size."""
     scale = (0.5, 1.0)
 
     def forward(self, images: Tensor) -> Tensor:
-        n, _, height, width = images.shape
-        area, y, x = torch.rand(3, n)
-        area = height * width * (self.scale[0] + area * (self.scale[1] - self.scale[0]))
-        side = area.sqrt().round().clamp(1, min(height, width))
-        top, left = (y * (height - side + 1)).floor(), (x * (width - side + 1)).floor()
-        return crop_and_resize(images, top, left, side, width)
+        crop = v2.RandomResizedCrop(images.shape[2:], self.scale, ratio=(1, 1))
+        return torch.stack([crop(image) for image in images])
 
 class BatchRandomCrop(nn.Module):
     """Shift each image by up to `padding` pixels along each axis; black moves in."""

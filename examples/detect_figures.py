@@ -28,30 +28,32 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from study import NETWORK, TAIL, WIDER
-
-from data import SHAPES, is_inside
+from data import SHAPES, draw_mask
 from fishnet import FishNetFPN, create_model, zero_init_last
 from flops import count
 from train import prepare_machine
 
 SIDE = 64  # of a scene, in pixels
 # Both backbones cost the same arithmetic.
-BACKBONES = {"FishNet": NETWORK, "its tail": NETWORK | TAIL | WIDER}
+NETWORK = {"stem_stride": 2, "final_norm": True}
+BACKBONES = {
+    "FishNet": NETWORK | {"channels": (48, 48, 64, 96), "tail_depths": (1, 2, 2, 1)},
+    "its tail": NETWORK | {
+        "channels": (112, 112, 128, 192), "tail_depths": (2, 3, 3, 2), "body_depths": (),
+        "head_depths": (),
+    },
+}  # fmt: skip
 
 def draw_scene(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return an image (3, SIDE, SIDE) in [0, 1] and its target, as torchvision's detectors take it:
     boxes (n, 4), labels (n,), masks (n, SIDE, SIDE)."""
     rng = np.random.default_rng(seed)
-    grid = np.arange(SIDE) + 0.5
     image = np.broadcast_to(rng.uniform(0, 1, (3, 1, 1)), (3, SIDE, SIDE)).copy()
     labels, masks = [], []
     for label in rng.choice(len(SHAPES), rng.integers(1, 4), replace=False):
         angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(9, 15)
         cx, cy = rng.uniform(14, SIDE - 14, 2)
-        x, y = (grid[None] - cx) / radius, (grid[:, None] - cy) / radius
-        cos, sin = np.cos(angle), np.sin(angle)
-        inside = is_inside(SHAPES[label], cos * x + sin * y, cos * y - sin * x)
+        inside = draw_mask(SHAPES[label], SIDE, complex(cx, cy), radius, angle) > 0.5
         masks = [mask & ~inside for mask in masks]  # a later figure hides earlier ones
         masks.append(inside)
         labels.append(label + 1)  # label 0 is the ground

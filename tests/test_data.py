@@ -192,20 +192,22 @@ def lens(r, s, d):
     return r * r * (a - np.sin(2 * a) / 2) + s * s * (b - np.sin(2 * b) / 2)
 
 AREAS = {
-    "disc": np.pi * 0.9, "ring": np.pi * (0.9 - 0.3), "half disc": np.pi * 0.9 / 2,
-    "crescent": np.pi * 0.9 - lens(0.9**0.5, 0.6**0.5, 0.5),
+    "disc": np.pi * 0.95**2, "ring": np.pi * (0.95**2 - 0.55**2), "half disc": np.pi * 0.95**2 / 2,
+    "crescent": np.pi * 0.95**2 - lens(0.95, 0.77, 0.5),
     "triangle": 3**0.5 * 0.75,  # its sides are 3 ** 0.5
-    "square": 1.4**2, "corner": 1.4**2 - 0.9**2,
+    "square": 2, "corner": 1.4**2 - 0.9**2,
     "bar": 1.9 * 0.6, "cross": 2 * 1.9 * 0.5 - 0.5**2,
     "star": 5 * 0.4 * np.sin(np.pi / 5),  # ten triangles between the radii 1 and 0.4
 }  # fmt: skip
 
 @pytest.mark.parametrize("shape", data.SHAPES)
 def test_figures_have_their_areas(shape):
-    x, y = np.meshgrid(*[(np.arange(1000) + 0.5) / 500 - 1] * 2)
-    inside = data.is_inside(shape, x, y)
-    assert inside.mean() * 4 == pytest.approx(AREAS[shape], rel=0.005)
-    assert np.hypot(x, y)[inside].max() <= 1.001
+    masks = [data.draw_mask(shape, 256, 128 + 128j, 120, angle) for angle in (0, 1)]
+    y, x = np.mgrid[:256, :256] + 0.5 - 128
+    for mask in masks:
+        assert mask.sum() / 120**2 == pytest.approx(AREAS[shape], rel=0.02)
+        assert np.hypot(x, y)[mask > 0].max() <= 122
+    assert (shape in ("disc", "ring")) == (np.abs(masks[0] - masks[1]).max() < 0.5)
 
 # ------------------------------------------------------------------------------- order, randomness
 
@@ -274,7 +276,7 @@ def test_any_random_transform_of_torchvision_is_reproducible(transform):
 
 # ----------------------------------------------------------------------------------- augmentation
 
-@pytest.mark.parametrize("augment", ["slides", "standard", "cutout"])
+@pytest.mark.parametrize("augment", ["standard", "cutout"])
 def test_a_gpus_images_stay_there(augment):
     """A fake GPU knows shapes, types and devices, and refuses to tell values."""
     transform = make_transform((0, 0, 0), (1, 1, 1), augment, as_set(random_images(8)))
@@ -284,18 +286,6 @@ def test_a_gpus_images_stay_there(augment):
         mixed, targets = BatchCutMix(10)(output, torch.zeros(4, dtype=torch.int64, device="cuda"))
     for x, shape in ((output, images.shape), (mixed, images.shape), (targets, (4, 10))):
         assert (x.device.type, x.dtype, x.shape) == ("cuda", torch.float32, shape)
-
-@pytest.mark.parametrize("size", [1, 20, 32, 45])
-@pytest.mark.parametrize("height, width", [(32, 32), (36, 33)])
-def test_crop_and_resize_is_torchvisions(size, height, width):
-    rng = np.random.default_rng(size)
-    images = torch.from_numpy(rng.random((40, 3, height, width), dtype=np.float32))
-    side = rng.integers(10, min(height, width) + 1, 40)
-    top, left = (np.floor(rng.random(40) * (n - side + 1)).astype(int) for n in (height, width))
-    found = data.crop_and_resize(images, *(torch.from_numpy(v) for v in (top, left, side)), size)
-    for image, output, t, le, s in zip(images, found, *(v.tolist() for v in (top, left, side))):
-        expected = v2.functional.resized_crop(image, t, le, s, s, [size, size], antialias=True)
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 def ramps(n):
     """Return images whose channels are x, y and 1, so that their values tell where they were."""
@@ -441,12 +431,15 @@ def run(monkeypatch, capsys):
 def test_grid_draws_all_classes_raw_and_augmented(run, tmp_path, augment):
     run("--grid", str(tmp_path / "grid.png"), "--augment", augment)
     picture, shapes = np.asarray(Image.open(tmp_path / "grid.png")), draw_shapes(300, seed=0)
+    unchanged = []
     for i in (0, 7, 63):
         index = (shapes.labels == i % 10).nonzero()[i // 10, 0]
         expected = shapes.images[index].numpy().transpose(1, 2, 0).repeat(3, 0).repeat(3, 1)
         y, x = 4 + i // 8 * 128, 4 + i % 8 * 104
         raw, augmented = (picture[y : y + 96, x + right : x + right + 96] for right in (0, 832))
-        assert (raw == expected).all() and (augmented == expected).all() == (augment == "none")
+        assert (raw == expected).all()
+        unchanged.append((augmented == expected).all())
+    assert all(unchanged) == (augment == "none")
 
 def test_examples_come_from_all_classes_in_turn():
     labels = torch.tensor([3, 3, 0, 3, 0, 1])

@@ -1,7 +1,6 @@
 """examples/: tables against arithmetic by hand, detection against numpy, programs in short runs."""
 
 import json
-import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
@@ -16,39 +15,26 @@ from conftest import start_python
 from detect_figures import average_precision, draw_scene, evaluate, mask_iou
 from resnet18 import resnet18
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 import data
 import fishnet
 from flops import count
 
-def write_run(folder, error, parts):
-    folder.mkdir()
-    with SummaryWriter(folder) as writer:
-        stages = {"tail": ("t1", "bridge"), "body": ("b4", "b2"), "head": ("h1", "fc")}
-        for part in parts:
-            for step, norm in ((10, 1.0), (20, 3.0), (30, 5.0), (40, 9.0)):
-                for stage, share in zip(stages[part], (0.6, 0.8)):  # whose squares add up to 1
-                    writer.add_scalar(f"gradient_norm/{stage}", share * norm, step)
-    (folder / "metrics.csv").write_text(f"epoch,val_top1_error\n1,0.9\n2,{error}\n")
+def test_a_run_of_the_study_is_its_last_epoch(tmp_path):
+    rows = "val_top1_error,train_top1_error,seconds", "0.9,0.8,10", "0.125,0.0625,12"
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    assert study.read_run(tmp_path) == {"val_error": 12.5, "train_error": 6.25, "seconds": 22}
 
-def test_the_table_of_the_study(tmp_path):
-    rows = []
-    for seed in range(3):
-        errors = {"slides": 0.30 + 0.01 * seed, "no SE unit": 0.31 + 0.02 * seed, "tail alone": 0.4}
-        for variant, error in errors.items():
-            parts = ("tail", "head") if variant == "tail alone" else ("tail", "body", "head")
-            write_run(tmp_path / f"{variant}-{seed}", error, parts)
-            rows.append(study.summarise(variant, seed, tmp_path / f"{variant}-{seed}"))
-    header, _, *lines = (line[2:-2].split(" | ") for line in study.make_table(rows))
-    slides, no_se, tail = (dict(zip(header, line)) for line in lines)
-    assert (slides["parameters"], slides["against slides"], tail["body"]) == ("964,304", "", "")
-    assert [no_se[name] for name in ("seeds", "error, %", "std")] == ["3", "33.00", "2.00"]
-    assert no_se["against slides"] == "+2.00 ± 2.48"  # of 1, 2 and 3: 4.30 / sqrt(3)
-    model = study.make_model("slides")
-    weights = sum(p.numel() for stage in (model.b4, model.b3, model.b2) for p in stage.parameters())
-    first, second = (1e3 * norm / math.sqrt(weights) for norm in (2, 7))
-    assert slides["body"] == f"{first:.2f} to {second:.2f}"
+def test_the_intervals_of_the_study_are_those_of_the_paired_t_test():
+    """For two variants, the two-way table and the t-test of the paired differences agree."""
+    errors = np.array([[30.0, 31, 32], [31.0, 33, 35]])  # differences 1, 2, 3
+    assert study.compute_interval(errors) * 2**0.5 == pytest.approx(4.30 / 3**0.5)
+    _, _, *lines = study.make_table(["slides", "no SE unit"], errors)
+    slides, no_se = (line[2:-2].split(" | ") for line in lines)
+    parameters = sum(p.numel() for p in study.make_model("slides").parameters())
+    assert slides == ["slides", f"{parameters:,}", "13.1", "30.00, 31.00, 32.00", "31.00", ""]
+    assert no_se[4:] == ["33.00", "+2.00 ± 2.48"]
+    assert np.isnan(study.compute_interval(errors[:, :1]))  # one seed tells nothing about noise
 
 def test_a_finished_run_of_the_study_is_not_taken_for_another(tmp_path):
     flags = study.make_flags("both", 1, ["--compile"])

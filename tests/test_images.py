@@ -94,20 +94,6 @@ def test_16_bit_pgm(tmp_path):
     (tmp_path / "grey.pgm").write_bytes(b"P5 2 1 65535\n\x80\x80\xff\xff")
     assert read_image(tmp_path / "grey.pgm").tolist() == [[[128, 255]]] * 3
 
-@pytest.mark.parametrize("bits, black, content, expected", [
-    (12, 1, "000801 fff00f", [0, 128, 255, 1]),  # two values in three bytes
-    (16, 1, "0000 8080 ffff 0101", [0, 128, 255, 1]),
-    (16, 0, "0000 8080 ffff 0101", [255, 127, 0, 254]),
-])  # fmt: skip
-def test_deep_grey_tiff(tmp_path, bits, black, content, expected):
-    """`black` is the tag that says whether 0 is white (0) or black (1)."""
-    pixels = bytes.fromhex(content)
-    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: black, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
-    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels
-    (tmp_path / "grey.tif").write_bytes(head + struct.pack("<H", len(tags)) + directory + bytes(4))
-    assert read_image(tmp_path / "grey.tif").tolist() == [[expected]] * 3
-
 def make_png(width, depth, colour, row, **chunks):
     """Return a PNG of one row, with more chunks between its header and its pixels."""
     header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
