@@ -478,8 +478,17 @@ class BatchRandomResizedCrop(nn.Module):
     scale = (0.5, 1.0)
 
     def forward(self, images: Tensor) -> Tensor:
-        crop = v2.RandomResizedCrop(images.shape[2:], self.scale, ratio=(1, 1))
-        return torch.stack([crop(image) for image in images])
+        n, _, height, width = images.shape
+        area, y, x = torch.rand(3, n)
+        area = height * width * (self.scale[0] + area * (self.scale[1] - self.scale[0]))
+        side = area.sqrt().round().clamp(1, min(height, width))
+        top, left = (y * (height - side + 1)).floor(), (x * (width - side + 1)).floor()
+        boxes = torch.zeros(n, 2, 3)  # of an image from -1 to 1: [[width, 0, x], [0, height, y]]
+        boxes[:, 0, 0], boxes[:, 0, 2] = side / width, (2 * left + side) / width - 1
+        boxes[:, 1, 1], boxes[:, 1, 2] = side / height, (2 * top + side) / height - 1
+        boxes = boxes.to(images.device, non_blocking=True)
+        grid = nn.functional.affine_grid(boxes, images.shape, align_corners=False)
+        return nn.functional.grid_sample(images, grid, "bilinear", "border", align_corners=False)
 
 class BatchRandomCrop(nn.Module):
     """Shift each image by up to `padding` pixels along each axis; black moves in."""

@@ -276,7 +276,7 @@ def test_any_random_transform_of_torchvision_is_reproducible(transform):
 
 # ----------------------------------------------------------------------------------- augmentation
 
-@pytest.mark.parametrize("augment", ["standard", "cutout"])
+@pytest.mark.parametrize("augment", ["slides", "standard", "cutout"])
 def test_a_gpus_images_stay_there(augment):
     """A fake GPU knows shapes, types and devices, and refuses to tell values."""
     transform = make_transform((0, 0, 0), (1, 1, 1), augment, as_set(random_images(8)))
@@ -298,6 +298,14 @@ def find_boxes(resized):
     scale = (x[:, 24] - x[:, 8]) / 16  # inside, they are linear in the pixel
     left, top = (v[:, 8] + 0.5 - 8.5 * scale for v in (x, y))
     return torch.stack([left, top, scale * 32])
+
+def test_random_resized_crop_is_torchvisions():
+    images, crop = random_images(100).float() / 255, BatchRandomResizedCrop()
+    boxes = find_boxes(apply(crop, ramps(100))).round().int().T.tolist()
+    for image, output, (left, top, side) in zip(images, apply(crop, images), boxes):
+        expected = v2.functional.resized_crop(image, top, left, side, side, [32, 32])
+        # Both interpolate between pixels; only ours goes on doing so at the border of the box.
+        torch.testing.assert_close(output[:, 1:-1, 1:-1], expected[:, 1:-1, 1:-1])
 
 def test_random_resized_crop_draws_areas_and_places():
     found = find_boxes(apply(BatchRandomResizedCrop(), ramps(4000)))
