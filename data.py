@@ -288,9 +288,6 @@ def find_centre(height: int, width: int, size: int, ratio: float) -> list[float]
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image file."""
-    key = image.info.get("transparency")  # the transparent value or colour, as it is in the file
-    if isinstance(key, tuple) and image.tile[0].args == "RGB;16B":  # Pillow keeps the upper bits
-        image.info["transparency"] = tuple(value >> 8 for value in key)
     is_deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
     image.filename = ""  # otherwise Pillow maps a turned TIFF into memory by the wrong sides
     image.load()
@@ -299,8 +296,6 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if is_deep:
         values = np.asarray(image).astype(np.uint16)
         image = Image.fromarray((values / 257).round().astype(np.uint8))
-        if isinstance(key, int):
-            image.putalpha(Image.fromarray(values != key))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of Pillow's mode {image.mode}, expected 8 or 16 bits")
     if image.has_transparency_data:
@@ -514,20 +509,22 @@ class BatchRandomHorizontalFlip(nn.Module):
         flip = (torch.rand(len(images)) < self.p).to(images.device, non_blocking=True)
         return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
+def cover(size: int, start: Tensor, end: Tensor) -> Tensor:
+    """Return which of `size` pixels have their centre between start and end (N, 1): (N, size)."""
+    pixels = torch.arange(size, device=start.device) + 0.5
+    return (start < pixels) & (pixels < end)
+
 class BatchCutout(nn.Module):
     """Lay a grey square of `ratio` of the width on each image, centred on any of its pixels. What
     reaches over the edge is lost. DeVries and Taylor 2017, section 3.2."""
     ratio = 3 / 8
 
     def forward(self, images: Tensor) -> Tensor:
-        side = int(self.ratio * images.shape[3])
-
-        def covers(size: int) -> Tensor:  # (N, size): rows or columns of the square
-            centre = torch.randint(size, (len(images), 1)).to(images.device, non_blocking=True)
-            offset = torch.arange(size, device=images.device) - centre + side // 2
-            return (offset >= 0) & (offset < side)
-
-        rows, columns = covers(images.shape[2]), covers(images.shape[3])
+        n, _, height, width = images.shape
+        side = int(self.ratio * width)
+        centres = [torch.randint(size, (n, 1)) for size in (height, width)]
+        top, left = (c.to(images.device, non_blocking=True) - side // 2 for c in centres)
+        rows, columns = cover(height, top, top + side), cover(width, left, left + side)
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.5)
 
 class BatchCutMix(nn.Module):
@@ -544,13 +541,10 @@ class BatchCutMix(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         n, _, height, width = images.shape
         area, y, x, chance = torch.rand(4, n, 1).to(images.device, non_blocking=True)
-        side = area.sqrt() * (chance < self.p)  # relative to the image's sides
-
-        def covers(size: int, centre: Tensor) -> Tensor:  # (N, size): rows or columns of the box
-            pixels = (torch.arange(size, device=images.device) + 0.5) / size
-            return (pixels - centre).abs() < side / 2
-
-        box = covers(height, y)[:, :, None] & covers(width, x)[:, None, :]
+        half = area.sqrt() * (chance < self.p) / 2  # of the box's side, relative to the image's
+        rows = cover(height, height * (y - half), height * (y + half))
+        columns = cover(width, width * (x - half), width * (x + half))
+        box = rows[:, :, None] & columns[:, None, :]
         own = nn.functional.one_hot(labels, self.classes)
         part = box.float().mean((1, 2))[:, None]
         targets = own * (1 - part) + own.flip(0) * part
@@ -666,13 +660,13 @@ def save_grid(data: Data, augment: str, path: Path) -> None:
 
 def count_images(data: Data) -> list[str]:
     """Return lines that say how many images each class and split has, and what was passed over."""
-    splits, names = (data.train, data.val, data.test), tell_apart(data.classes)
-    counts = torch.stack([images.labels.bincount(minlength=len(names)) for images in splits], 1)
-    rows = [*zip(counts.tolist(), names), (counts.sum(0).tolist(), "all classes")]
-    lines = [f"{train:>9}{val:>9}{test:>9}  {name:.68}" for (train, val, test), name in rows]
-    others = sorted(data.train.passed_over.items(), key=lambda item: (-item[1], item[0]))
-    others = ", ".join(f"{count} {what}" for what, count in others)
-    return ["    train      val     test", *lines, *([f"passed over: {others}"] if others else [])]
+    splits, names = (data.train, data.val, data.test), [*tell_apart(data.classes), "all classes"]
+    counts = torch.stack([images.labels.bincount(minlength=len(data.classes)) for images in splits])
+    counts = torch.cat([counts, counts.sum(1, keepdim=True)], 1).T.tolist()
+    lines = ["    train      val     test"]
+    lines += [f"{n[0]:>9}{n[1]:>9}{n[2]:>9}  {name:.68}" for n, name in zip(counts, names)]
+    others = ", ".join(f"{n} {what}" for what, n in data.train.passed_over.most_common())
+    return [*lines, f"passed over: {others}"] if others else lines
 
 def print_stats(data: Data) -> None:
     """Print counts, and the mean, std and principal components that training uses."""

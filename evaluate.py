@@ -161,24 +161,25 @@ def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | Fold
              transform: v2.Compose, num_classes: int, batch_size: int = 256, workers: int = 0,
              tta: bool = False) -> Metrics:  # fmt: skip
     """Return a model's metrics on a set of images, the same on every process. Each process takes
-    every n-th image, in batches of batch_size, and their results are gathered: each counts once."""
+    every n-th image, in batches of batch_size, and their results are gathered: each counts once.
+    The model stays in evaluation mode."""
     model = accelerator.unwrap_model(model)  # DDP would wait for processes with more batches
     total, n = len(images), accelerator.num_processes
     shares = [torch.arange(total)[i::n] for i in range(n)]
     results = [torch.empty(5, 0, device=accelerator.device)]
-    with in_evaluation(model):
-        loader = DataLoader(Subset(images, shares[accelerator.process_index].tolist()), batch_size,
-                            num_workers=workers, collate_fn=collate,
-                            worker_init_fn=ignore_signals)  # fmt: skip
-        for batch, labels in loader:
-            with accelerator.autocast():
-                logits = compute_logits(model, batch.to(accelerator.device), transform, tta)
-            labels = labels.to(accelerator.device)
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            top = logits.topk(min(5, num_classes)).indices  # (N, 5)
-            probability = logits.softmax(1).gather(1, top[:, :1])[:, 0]
-            in_top5 = (top == labels[:, None]).any(1)
-            results.append(torch.stack([labels, losses, in_top5, top[:, 0], probability]))
+    model.eval()
+    loader = DataLoader(Subset(images, shares[accelerator.process_index].tolist()), batch_size,
+                        num_workers=workers, collate_fn=collate,
+                        worker_init_fn=ignore_signals)  # fmt: skip
+    for batch, labels in loader:
+        with accelerator.autocast():
+            logits = compute_logits(model, batch.to(accelerator.device), transform, tta)
+        labels = labels.to(accelerator.device)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        top = logits.topk(min(5, num_classes)).indices  # (N, 5)
+        probability = logits.softmax(1).gather(1, top[:, :1])[:, 0]
+        in_top5 = (top == labels[:, None]).any(1)
+        results.append(torch.stack([labels, losses, in_top5, top[:, 0], probability]))
     results = torch.cat(gather_object([torch.cat(results, dim=1).cpu()]), dim=1).double()
     assert results.shape[1] == total, f"{results.shape[1]} images counted of {total}"
     labels, losses, in_top5, predicted, probability = results[:, torch.cat(shares).argsort()]
@@ -205,17 +206,6 @@ def compute_logits(model: nn.Module, images: Tensor, transform: v2.Compose, tta:
     logits = model.forward(x).float()  # model(x) would compile for each batch size
     return (logits + model.forward(x.flip(3)).float()) / 2 if tta else logits
 
-@contextlib.contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put all modules in evaluation mode, and each back in its own mode after the block."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
 # ------------------------------------------------------------------------------------- prediction
 
 def read_crops(paths: Iterable[str | Path], input_size: tuple[int, float],
@@ -236,7 +226,8 @@ def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path]
     """Return (image, [(class, probability), ...]) for each image, its five most probable classes.
     `model` is a checkpoint's path, or comes from load_model. `images` are a path or paths of files
     and folders, or uint8 (N, 3, H, W), named by index. A file that cannot be read is left out: its
-    UserError goes to `faults`, or is raised at the end. `tta` averages over mirror images."""
+    UserError goes to `faults`, or is raised at the end. `tta` averages over mirror images. The
+    model stays in evaluation mode."""
     if not isinstance(model, nn.Module):
         model = load_model(load_checkpoint(model), model)
         model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -247,13 +238,13 @@ def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path]
         crops = ((i, centre_crop(image, *model.input_size)) for i, image in enumerate(images))
     else:
         crops = read_crops(images, model.input_size, errors)
-    with in_evaluation(model):
-        while batch := list(itertools.islice(crops, batch_size)):
-            names, batch = zip(*batch)
-            logits = compute_logits(model, torch.stack(batch).to(device), transform, tta)
-            top = logits.softmax(1).topk(min(5, len(model.classes)))
-            for name, labels, values in zip(names, top.indices.tolist(), top.values.tolist()):
-                results.append((name, [(model.classes[i], p) for i, p in zip(labels, values)]))
+    model.eval()
+    while batch := list(itertools.islice(crops, batch_size)):
+        names, batch = zip(*batch)
+        logits = compute_logits(model, torch.stack(batch).to(device), transform, tta)
+        top = logits.softmax(1).topk(min(5, len(model.classes)))
+        for name, labels, values in zip(names, top.indices.tolist(), top.values.tolist()):
+            results.append((name, [(model.classes[i], p) for i, p in zip(labels, values)]))
     if errors and faults is None:
         raise errors[0]
     return results
@@ -339,12 +330,12 @@ def draw_features(model: nn.Module, image: Tensor) -> Tensor:
     if not isinstance(model, (FishNet, ResNet)):
         raise UserError("--features works for the networks of fishnet.py only")
     x = make_transform(model.mean, model.std)(image[None].to(next(model.parameters()).device))
-    with in_evaluation(model):
-        y, maps = model.stem(x), {}
-        for stage in ("t1", "t2", "t3", "t4"):
-            y = maps[stage.upper()] = getattr(model, stage)(max_pool(y) if maps else y)
-        if isinstance(model, FishNet):
-            maps |= model.forward_features(x, ("B4", "B3", "B2", "H1", "H2", "H3", "H4"))
+    model.eval()
+    y, maps = model.stem(x), {}
+    for stage in ("t1", "t2", "t3", "t4"):
+        y = maps[stage.upper()] = getattr(model, stage)(max_pool(y) if maps else y)
+    if isinstance(model, FishNet):
+        maps |= model.forward_features(x, ("B4", "B3", "B2", "H1", "H2", "H3", "H4"))
     side = maps["T1"].shape[-1] * -(-144 // maps["T1"].shape[-1])  # of a tile
     step, tiles, places = side + 28, {"image": TF.to_pil_image(image)}, [(12, 12)]
     for i, (name, (y,)) in enumerate(maps.items()):

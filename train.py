@@ -391,14 +391,11 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
         settings = f"different settings: {', '.join(changes)}"
         raise UserError(f"{path} was trained with {settings}; repeat them, or add --override")
     steps = checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]
-    fixed = (checkpoint["classes"], checkpoint["args"]["opt"], steps)
-    if fixed != (own["classes"], run.args.opt, run.steps):
-        raise UserError(f"{path} has other classes, steps an epoch or --opt, which cannot change")
+    fixed = (checkpoint["classes"], steps, *(found[name] for name in ("opt", "freeze", "whiten")))
+    if fixed != (own["classes"], run.steps, run.args.opt, run.args.freeze, run.args.whiten):
+        what = "classes, steps an epoch, --opt, --freeze or --whiten"
+        raise UserError(f"{path} has other {what}: start a new run with it as --pretrained")
     check_weights(model, checkpoint["model"], path)
-    sizes = [[len(group["params"]) for group in state["param_groups"]]
-             for state in (checkpoint["optimizer"], optimizer.state_dict())]  # fmt: skip
-    if sizes[0] != sizes[1]:
-        raise UserError(f"{path} froze other weights: start a new run with it as --pretrained")
     model.load_state_dict(checkpoint["model"])
     groups = zip(checkpoint["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
     groups = [saved | {"weight_decay": own["weight_decay"]} for saved, own in groups]  # --override

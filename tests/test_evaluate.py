@@ -107,15 +107,6 @@ def test_precision_recall_and_f1():
     assert summary["recall"] == pytest.approx({"a": 3 / 4, "b": 0, "c": 1})
     assert summary["f1"] == pytest.approx({"a": 2 / (5 / 3 + 4 / 3), "b": 0, "c": 2 / (5 / 4 + 1)})
 
-def test_modules_stay_in_their_modes():
-    model = nn.Sequential(nn.BatchNorm2d(3), Linear(3)).train()
-    model[0].eval()  # frozen for fine-tuning
-    accelerator, images = Accelerator(cpu=True), make_images(20, 3)
-    evaluate(accelerator, model, images, HALVES, 3)
-    model.classes, model.mean, model.std, model.input_size = "abc", (0.5,) * 3, (0.25,) * 3, (4, 1)
-    predict(model, images.images)
-    assert [module.training for module in model] == [False, True]
-
 def test_no_device_needs_float64(run_train, tmp_path, monkeypatch):
     """Apple's GPU has none."""
 

@@ -104,14 +104,6 @@ def make_png(width, depth, colour, row, **chunks):
         content += struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
     return content
 
-def test_transparent_grey_and_colour_of_16_bits_lie_on_white(tmp_path):
-    row = struct.pack(">4H", 0, 257, 514, 65535)
-    (tmp_path / "grey.png").write_bytes(make_png(4, 16, 0, row, tRNS=b"\1\1"))
-    assert read_image(tmp_path / "grey.png").tolist() == [[[0, 255, 2, 255]]] * 3
-    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x3400, 0x7800, 0xBC00)
-    (tmp_path / "rgb.png").write_bytes(make_png(2, 16, 2, row, tRNS=row[:6]))
-    assert read_array(tmp_path / "rgb.png").tolist() == [[[255] * 3, [0x34, 0x78, 0xBC]]]
-
 def test_a_text_chunk_of_two_megabytes_does_not_matter(tmp_path):
     text = b"k\0\0" + zlib.compress(b"a" * 2**21)
     (tmp_path / "image.png").write_bytes(make_png(2, 8, 2, bytes(range(6)), zTXt=text))
