@@ -612,22 +612,24 @@ class FishNetFPN(nn.Module):
         maps = self.model.forward_features(x).values()
         return self.fpn(OrderedDict((str(i), y) for i, y in enumerate(maps)))
 
-@contextlib.contextmanager
-def freeze_statistics(module: nn.Module) -> Iterator[None]:
+class FrozenStatistics(contextlib.AbstractContextManager):
     """Freeze batch norm's running statistics while activations are computed a second time."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, values in zip(norms, saved):
-            norm.momentum, norm.num_batches_tracked = values
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.saved = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for norm, saved in zip(self.norms, self.saved):
+            norm.momentum, norm.num_batches_tracked = saved
 
 def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return forward(x) of a part whose activations are computed again in the backward pass."""
-    options = {"context_fn": lambda: (contextlib.nullcontext(), freeze_statistics(part))}
+    options = {"context_fn": lambda: (contextlib.nullcontext(), FrozenStatistics(part))}
     if torch.compiler.is_compiling():  # the compiler does not update statistics twice
         options = {}
     return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **options)

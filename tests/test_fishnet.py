@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fishnet import CONFIGS, Refine, ResidualUnit, SEResidualUnit, Stage, UserError
-from fishnet import channel_plan, channel_sum, checkpoint_activations, create_model, freeze
-from fishnet import freeze_statistics, zero_init_last
+from fishnet import CONFIGS, FrozenStatistics, Refine, ResidualUnit, SEResidualUnit
+from fishnet import Stage, UserError, channel_plan, channel_sum, checkpoint_activations
+from fishnet import create_model, freeze, zero_init_last
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 NARROW = {"channels": (16, 32, 64, 128), "k": 2}
@@ -540,7 +540,7 @@ def test_checkpointing_allows_several_backward_passes():
 def test_frozen_statistics_leave_sync_batch_norm_a_count():
     """SyncBatchNorm raises without a count in training, but needs a GPU to run."""
     norm = nn.SyncBatchNorm(4)
-    with freeze_statistics(norm):
+    with FrozenStatistics(norm):
         norm.num_batches_tracked.add_(1)
     assert norm.num_batches_tracked == 0 and norm.momentum == 0.1
 
