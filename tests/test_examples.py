@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from conftest import start_python
 from detect_figures import average_precision, draw_scene, evaluate, mask_iou
+from probe_pixels import CLASSES, Probe, compute_iou, draw_scenes, find_classes, train_probe
 from resnet18 import resnet18
 from torch import nn
 
@@ -43,6 +44,34 @@ def test_a_finished_run_of_the_study_is_not_taken_for_another(tmp_path):
     study.train(flags, tmp_path, tmp_path)  # returns at once
     with pytest.raises(fishnet.UserError, match="a run with other flags or data"):
         study.train(flags, tmp_path, "elsewhere")
+
+def test_iou_is_that_of_sets_of_pixels():
+    found, truth = torch.randint(CLASSES, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    ratios = []
+    for c in range(CLASSES):
+        own, other = ({tuple(p) for p in (x == c).nonzero().tolist()} for x in (found, truth))
+        ratios.append(len(own & other) / len(own | other))
+    assert compute_iou(found, truth) == pytest.approx(np.mean(ratios))
+
+class Pixels(nn.Module):
+    """A network whose map is the image, times a weight."""
+    feature_info, mean, std = {"X": fishnet.Feature(3, 1)}, (0.5,) * 3, (0.25,) * 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward_features(self, x, names):
+        return dict.fromkeys(names, x * self.weight)
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_probe_finds_white_images_on_coloured_ground(tune):
+    images = data.ImageSet(torch.full((4, 3, 32, 32), 255, dtype=torch.uint8), torch.full((4,), 6))
+    scenes, truth = draw_scenes(images, 100, seed=0)
+    assert ((scenes == 255).all(1) == (truth == 7)).all() and truth.unique().tolist() == [0, 7]
+    train_probe(probe := Probe(Pixels(), ("X",)), scenes, truth, epochs=40, tune=tune)
+    assert (find_classes(probe, scenes) == truth).float().mean() > 0.9
+    assert (probe.model.weight == 1).all() != tune  # the network learns only if it may
 
 def test_average_precision_is_the_area_under_the_curve():
     rng = np.random.default_rng(0)
