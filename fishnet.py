@@ -55,9 +55,8 @@ class UserError(ValueError):
 # ------------------------------------------------------------------------------- units and stages
 
 class Bottleneck(nn.Module):
-    """M: convolutions 1x1, 3x3, 1x1, with C_out / 4 channels in the middle.
-    With `preact`, BN-ReLU precedes each convolution ([P] section 3). Otherwise BN follows each, and
-    ReLU the first two ([S]). (N, C_in, H, W) -> (N, C_out, H, W)."""
+    """M: convolutions 1x1, 3x3, 1x1, with C_out / 4 channels in the middle. With `preact`, BN-ReLU
+    precedes each ([P] section 3). Otherwise BN follows each, and ReLU the first two ([S])."""
 
     def __init__(self, in_channels: int, out_channels: int, preact: bool, dilation: int = 1):
         super().__init__()
@@ -130,14 +129,12 @@ def make_units(widths: Sequence[int], depth: int, preact: bool, dilation: int = 
     rest = (widths[1], widths[1]), preact, 1, shortcut
     return nn.Sequential(*units, *(ResidualUnit(*rest) for _ in range(depth - 1)))
 
-class SEResidualUnit(nn.Module):
+class SEResidualUnit(ResidualUnit):
     """x + M(x) * SE(M(x)): the slides' bridge. (N, C, H, W) -> (N, C, H, W). [S]."""
 
     def __init__(self, channels: int, preact: bool) -> None:
-        super().__init__()
-        self.branch = Bottleneck(channels, channels, preact)
+        super().__init__((channels, channels), preact, dilation=1, shortcut="conv")
         self.se = nn.Sequential(*squeeze_excite(channels, channels // 16, channels, bias=False))
-        self.activation = nn.Identity() if preact else nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.branch(x)  # (N, C, H, W)
@@ -146,12 +143,9 @@ class SEResidualUnit(nn.Module):
 @torch.fx.wrap  # torch.fx cannot trace a comparison of sizes
 def channel_sum(x: Tensor, k: int) -> Tensor:
     """Return r_k(x), eq. 8: output channel n is the sum of input channels k n ... k n + k - 1.
-    (N, C, H, W) -> (N, C/k, H, W). The paper's sums have one channel too many, as [S] says.
-    Raises UserError if k does not divide C."""
+    (N, C, H, W) -> (N, C/k, H, W). The paper's sums have one channel too many, as [S] says."""
     if k == 1:
         return x
-    if k < 1 or x.shape[1] % k:
-        raise UserError(f"k={k}: expected a divisor of the number of channels, {x.shape[1]}")
     groups = x.unflatten(1, (x.shape[1] // k, k))  # (N, C/k, k, H, W)
     return groups.sum(2, dtype=x.dtype)  # autocast on a GPU would return float32
 
@@ -172,9 +166,8 @@ class Refine(nn.Module):
         return self.branch(x) + channel_sum(x, self.k)
 
 class Stage(nn.Module):
-    """A stage of body or head: concatenate trunk and skip, then refine. [P] Fig. 3.
-    trunk (N, C_t, H, W) and skip (N, C_s, H, W) -> the concatenation (N, C_t + C_s, H, W) and the
-    refined map (N, (C_t + C_s) / k, H, W)."""
+    """A stage of body or head: concatenate trunk (N, C_t, H, W) and skip (N, C_s, H, W). Returns
+    their C = C_t + C_s channels, (N, C, H, W), and these refined, (N, C / k, H, W). [P] Fig. 3."""
 
     def __init__(self, regular: nn.Module, transfer: nn.Module, refine: nn.Module) -> None:
         super().__init__()
@@ -189,8 +182,7 @@ class Stage(nn.Module):
 def channel_plan(channels: Sequence[int], k: int, b4_has_skip: bool = True) -> tuple[tuple, tuple]:
     """Return (trunk, skip): the widths that B4 B3 B2 H1 H2 H3 H4 concatenate. [S].
     A body stage leaves (trunk + skip) / k channels, a head stage trunk + skip. Without a skip, as
-    in the paper's networks, B4 keeps its width. Raises UserError if k does not divide the width of
-    a body stage, or leaves fewer than four channels."""
+    in the paper's networks, B4 keeps its width. Raises UserError if k does not suit a width."""
     c1, c2, c3, c4 = channels
     trunk, skips = [c4], [c4 if b4_has_skip else 0, c3, c2, c1]
     for stage, skip in zip(("B4", "B3", "B2"), skips):
@@ -207,7 +199,6 @@ def channel_plan(channels: Sequence[int], k: int, b4_has_skip: bool = True) -> t
 @dataclass(frozen=True)
 class FishNetConfig:
     """A network as numbers. Raises UserError, which names the field, if a value is wrong."""
-
     channels: tuple[int, ...] = (64, 128, 256, 512)  # c1 c2 c3 c4: widths of stem, T1, T2, T3
     tail_depths: tuple[int, ...] = (3, 4, 6, 2)  # residual units of T1 T2 T3 T4
     body_depths: tuple[int, ...] = (1, 1, 1)  # regular units of B4 B3 B2; () for the tail alone
@@ -308,10 +299,8 @@ config.json has its FishNetConfig, its classes, and mean and std, which normalis
 class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
     """Base class of the networks: images (N, in_channels, H, W) -> logits (N, num_classes). Raises
     UserError if H or W is not a multiple of config.stride."""
-
     # Names of the outputs, what normalises images in [0, 1], and the side and ratio of their crop.
     classes = mean = std = input_size = None
-
     ATTRIBUTES = ("classes", "mean", "std", "input_size")
 
     def add_classifier(self, width: int, bias: bool = True) -> None:
@@ -343,6 +332,13 @@ class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x, list(self.feature_info)[3:4]))  # H4 or T4
+
+    def forward_stages(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the map of each stage of the tail, before its pool."""
+        y = self.stem(x)  # (N, c1, H, W)
+        for i, stage in enumerate((self.t1, self.t2, self.t3, self.t4)):
+            y = stage(max_pool(y) if i else y)  # (N, c2, H, W) ... (N, c4, H/8, W/8)
+            yield f"T{i + 1}", y
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -380,22 +376,13 @@ class ResNet(Network):
         self.feature_info = {f"T{i + 1}": Feature(c, config.stem_stride << i) for i, c in maps}
         init_weights(self)
 
-    def forward_stages(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the map of each stage, before its pool."""
-        y = self.stem(x)  # (N, c1, H, W)
-        for i, stage in enumerate((self.t1, self.t2, self.t3, self.t4)):
-            y = stage(max_pool(y) if i else y)  # (N, c2, H, W) ... (N, c4, H/8, W/8)
-            yield f"T{i + 1}", y
-
 class FishNet(Network):
     """Tail, body and head. [P] Fig. 2, [S]. Sizes in comments are relative to the stem's output."""
 
-    b4_has_skip = True
-
-    def __init__(self, config: FishNetConfig) -> None:
+    def __init__(self, config: FishNetConfig, b4_has_skip: bool = True) -> None:
         super().__init__()
         self.config = config
-        trunk, skip = channel_plan(config.channels, config.k, self.b4_has_skip)
+        trunk, skip = channel_plan(config.channels, config.k, b4_has_skip)
         width = trunk[6] + skip[6]
         self.add_tail(config)
         stages = (self.make_stage(config, i, trunk[i], skip[i]) for i in range(7))
@@ -479,8 +466,6 @@ class ImageNetFishNet(FishNet):
     """The paper's network for ImageNet: other parts, the same forward pass. Stages have no regular
     units but several that refine, which body_depths and head_depths count. [O]."""
 
-    b4_has_skip = False
-
     def __init__(self, config: FishNetConfig) -> None:
         for name, value in IMAGENET_FIELDS.items():
             if getattr(config, name) != value:
@@ -488,7 +473,7 @@ class ImageNetFishNet(FishNet):
         for name, least in (("body_depths", 1), ("tail_depths", 1), ("transfer_depths", 0)):
             if min(getattr(config, name), default=-1) < least:
                 config.refuse(name, f"at least {least} units in each of the stages")
-        super().__init__(config)
+        super().__init__(config, b4_has_skip=False)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -591,7 +576,7 @@ def freeze(model: nn.Module, parts: str) -> None:
 def zero_init_last(model: nn.Module) -> None:
     """Zero the last layer of each branch: units start as shortcuts. Goyal et al. 2017, 5.1."""
     for module in model.modules():
-        if isinstance(module, (ResidualUnit, SEResidualUnit, Refine)):
+        if isinstance(module, (ResidualUnit, Refine)):
             last = module.branch.conv3 if module.branch.preact else module.branch.bn3
             nn.init.zeros_(last.weight)
 

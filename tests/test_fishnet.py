@@ -246,9 +246,6 @@ def test_channel_sum_is_equation_8(k, memory_format):
             expected[:, n] += x.numpy()[:, k * n + j]
     found = channel_sum(x.to(memory_format=memory_format), k)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    for wrong in (0, -2, 5, 24):
-        with pytest.raises(UserError, match=f"k={wrong}: .*12"):
-            channel_sum(x, wrong)
 
 @pytest.mark.parametrize("name", ["fishnet99", "fishnet99_imagenet"])
 def test_weights_start_as_their_sources_say(name):
