@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from fishnet import CONFIGS, Bottleneck, FishNet, ImageNetFishNet, ResNet, UserError, create_model
+from fishnet import CONFIGS, Bottleneck, ImageNetFishNet, Network, ResNet, UserError, create_model
 
 aten = torch.ops.aten
 MAC_OPERATORS = (aten.convolution, aten.mm, aten.addmm)  # PyTorch counts 2 FLOPs for a MAC
@@ -62,9 +62,8 @@ Counts = namedtuple("Counts", "params macs flops activation_bytes")
 StageCounts = namedtuple("StageCounts", "stage size blocks layers params macs")
 
 def make_image(model: nn.Module, size: int | None) -> Tensor:
-    """Return an image without values, (1, C, size, size), by default as large as the model expects.
-    Raises UserError if the size is out of bounds."""
-    is_ours = isinstance(model, (FishNet, ResNet))
+    """Return an image (1, C, size, size) without values, by default as large as the model needs."""
+    is_ours = isinstance(model, Network)
     if size is None:
         size = 32 if is_ours and not isinstance(model, ImageNetFishNet) else 224
     if not 1 <= size <= 2**14:
@@ -90,87 +89,73 @@ def sum_macs(operators: dict) -> int:
     """Return the MACs among the FLOPs that PyTorch's counter has for each operator."""
     return sum(operators.get(operator, 0) for operator in MAC_OPERATORS) // 2
 
-def count_params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
 def count(model: nn.Module, image_size: int | None = None) -> Counts:
     """Return what a model costs for one image. The model stays as it is."""
-    model, kept = to_meta(model), set()  # storages are kept, which a tensor and its views share
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.ndim > 1:  # others are statistics of batch norm
-            kept.add(tensor.untyped_storage())
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    model, saved = to_meta(model), []
+    with saved_tensors_hooks(saved.append, lambda tensor: tensor):
         counter = run_counted(model, make_image(model, image_size))
+    # A tensor and its views share a storage. Those of one dimension are statistics of batch norm.
+    kept = {tensor.untyped_storage() for tensor in saved if tensor.ndim > 1}
     kept -= {p.untyped_storage() for p in model.parameters()}
     return Counts(
-        params=count_params(model),
+        params=sum(p.numel() for p in model.parameters()),
         macs=sum_macs(counter.get_flop_counts()["Global"]),
         flops=counter.get_total_flops(),
         activation_bytes=sum(storage.nbytes() for storage in kept),
     )
 
-def count_stages(model: FishNet | ResNet, image_size: int | None = None) -> list[StageCounts]:
+def count_stages(model: Network, image_size: int | None = None) -> list[StageCounts]:
     """Return the layer table. Its parameters and MACs add up to the network's."""
-    if not isinstance(model, (FishNet, ResNet)):
+    if not isinstance(model, Network):
         raise UserError("--stages: expected a network of fishnet.py")
     model = to_meta(model)
     image = make_image(model, image_size)
     operators = run_counted(model, image).get_flop_counts()
     side = image.shape[-1] // model.config.stem_stride  # of the stem's output
-    is_tail = isinstance(model, ResNet)
-    # The parts of each row, and the size of its output by that of the stem's output.
-    parts = {"stem": (("stem",), 1), "T1": (("t1",), 1), "T2": (("t2",), 2), "T3": (("t3",), 4)}
-    parts["T4"] = (("t4", "pool") if is_tail else ("t4", "bridge"), 8)
-    if not is_tail:
-        parts |= {"B4": (("b4",), 4), "B3": (("b3",), 2), "B2": (("b2",), 1), "H1": (("h1",), 2)}
-        parts |= {"H2": (("h2",), 4), "H3": (("h3",), 8), "H4": (("h4", "pool"), side)}
-    parts["fc"] = (("fc",), side)
+    # The stem's size divided by that of a stage's output, and parts that count as a stage's.
+    strides = {"stem": 1, "T1": 1, "T2": 2, "T3": 4, "T4": 8, "B4": 4, "B3": 2, "B2": 1}
+    strides |= {"H1": 2, "H2": 4, "H3": 8, "H4": side, "fc": side}
+    more = {"T4": ["pool"]} if isinstance(model, ResNet) else {"T4": ["bridge"], "H4": ["pool"]}
     rows = []
-    for stage, (names, stride) in parts.items():
+    for stage in (stage for stage in strides if hasattr(model, stage.lower())):
+        names = [stage.lower(), *more.get(stage, ())]
         modules = [getattr(model, name) for name in names]
         macs = [sum_macs(operators.get(f"{type(model).__name__}.{name}", {})) for name in names]
         rows.append(StageCounts(
             stage=stage,
-            size=side // stride,
-            blocks=sum(count_modules(m, Bottleneck, ("transfer", "refine")) for m in modules),
-            layers=sum(count_modules(m, nn.Conv2d, ("transfer", "shortcut")) for m in modules),
-            params=sum(map(count_params, modules)),
+            size=side // strides[stage],
+            blocks=sum(len(find(m, Bottleneck, {"transfer", "refine"})) for m in modules),
+            layers=sum(len(find(m, nn.Conv2d, {"transfer", "shortcut"})) for m in modules),
+            params=sum(p.numel() for m in modules for p in m.parameters()),
             macs=sum(macs),
         ))  # fmt: skip
     return rows
 
-def count_modules(root: nn.Module, kind: type, outside: tuple[str, ...]) -> int:
-    """Count the modules of a kind within root, without those inside modules of the given names."""
-    paths = [name.split(".") for name, module in root.named_modules() if isinstance(module, kind)]
-    return sum(not set(outside) & set(path) for path in paths)
+def find(root: nn.Module, kind: type, outside: set[str]) -> list[str]:
+    """Return the names of modules of a kind in root that are not inside modules named `outside`."""
+    names = [name for name, module in root.named_modules() if isinstance(module, kind)]
+    return [name for name in names if not outside & set(name.split("."))]
 
-def find_i_convs(model: FishNet | ResNet) -> list[str]:
+def find_i_convs(model: Network) -> list[str]:
     """Return the names of the isolated convolutions. Those of branches have an identity beside
-    them, those of transfer blocks a concatenation, and attentions multiply. The stem has no
-    shortcuts."""
-    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    beside = {"branch", "transfer", "se", "attention"}
-    return [name for name in convs if not beside & set(name.split("."))]
+    them, those of transfer blocks a concatenation, and attentions multiply."""
+    return find(model, nn.Conv2d, {"branch", "transfer", "se", "attention"})
 
 def print_networks(counts: dict[str, Counts]) -> None:
     width = max(20, *(len(name) + 1 for name in counts))
     head = f"{'parameters':>11} {'MACs, M':>12} {'FLOPs, M':>12} {'activations, MiB':>17}"
     print(f"{'network':<{width}}{head}")
-    for name, c in counts.items():
-        millions = f"{c.macs / 1e6:>12,.2f} {c.flops / 1e6:>12,.2f}"
-        print(f"{name:<{width}}{c.params:>11,} {millions} {c.activation_bytes / 2**20:>17,.2f}")
+    for name, (params, macs, flops, size) in counts.items():
+        costs = f"{params:>11,} {macs / 1e6:>12,.2f} {flops / 1e6:>12,.2f} {size / 2**20:>17,.2f}"
+        print(f"{name:<{width}}{costs}")
 
 def print_stages(rows: list[StageCounts], i_convs: list[str]) -> None:
     print(f"{'stage':<8}{'size':>6}{'blocks':>9}{'layers':>9}{'parameters':>15} {'MACs, M':>15}")
-    for r in rows:
-        left = f"{r.stage:<8}{r.size:>6}{r.blocks:>9}"
-        print(f"{left}{r.layers:>9}{r.params:>15,} {r.macs / 1e6:>15,.2f}")
-    layers = sum(r.layers for r in rows)
-    params, macs = sum(r.params for r in rows), sum(r.macs for r in rows)
-    print(f"{'sum':<23}{layers:>9}{params:>15,} {macs / 1e6:>15,.2f}")
+    for stage, size, blocks, layers, params, macs in rows:
+        left = f"{stage:<8}{size:>6}{blocks:>9}"
+        print(f"{left}{layers:>9}{params:>15,} {macs / 1e6:>15,.2f}")
+    _, _, _, layers, params, macs = zip(*rows)
+    print(f"{'sum':<23}{sum(layers):>9}{sum(params):>15,} {sum(macs) / 1e6:>15,.2f}")
     print("Layers: without shortcuts, transfer blocks and the classifier, fc.")
     text = f"{len(i_convs)} I-convs: {', '.join(i_convs)}."
     print(textwrap.fill(text, 79, subsequent_indent="  "))
