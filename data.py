@@ -18,15 +18,15 @@ import os
 import pickle
 import signal
 import sys
-import time
 import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import timeit
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 # eigenvalues for Fancy PCA are not those of pixels with this std: they add up to 0.241, and the
 # squares of the std to 0.153. Column i of the matrix belongs to eigenvalue i.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGENET_EIGENVALUES = (0.2175, 0.0188, 0.0045)
+IMAGENET_EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
 IMAGENET_EIGENVECTORS = torch.tensor(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
@@ -119,9 +119,8 @@ class Data:
 
 def load_data(dataset: str, data_dir: str | Path = "data", val_fraction: float = 0.2, seed: int = 0,
               image_size: int = 224, centre_ratio: float = CENTRE_RATIO) -> Data:  # fmt: skip
-    """Load a dataset and set apart a fraction of each class of its training images for validation.
-    Only a folder uses image_size, the side of its crops, and centre_ratio (see centre_crop). Raises
-    UserError if an argument or a file is wrong."""
+    """Load a dataset; val_fraction of each class of its training images becomes the validation.
+    A folder uses image_size, the side of its crops. Raises UserError for wrong values or files."""
     if not 0 <= val_fraction < 1:
         raise UserError(f"val-fraction={val_fraction}: expected 0 <= val-fraction < 1")
     data_dir = Path(data_dir).expanduser()
@@ -228,10 +227,9 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None
 
 def read_image(path: str | Path) -> Tensor:
-    """Return an image file as a viewer shows it: uint8 RGB (3, H, W). This is the first frame,
-    turned as EXIF says. Grey of 16 bits is scaled to 8, transparent pixels lie on white,
-    other colours become RGB by Pillow's formulas. Raises UserError, naming the file, if it cannot
-    be decoded or has values without an agreed white."""
+    """Return an image file as a viewer shows it, uint8 RGB (3, H, W): the first frame, turned as
+    EXIF says, 16-bit grey scaled to 8, transparency on white, other colours by Pillow's formulas.
+    Raises UserError, naming the file, if it cannot be decoded or values have no agreed white."""
     with open_image(path) as image:
         return decode(image)
 
@@ -244,11 +242,10 @@ def decode(image: Image.Image) -> Tensor:
             return torch.ops.image.decode_jpeg(content, 3, True)  # as RGB, turned; faster
     return TF.pil_to_tensor(convert_to_rgb(image))
 
-def read_crop(path: str | Path, size: int, ratio: float = CENTRE_RATIO,
-              seeds: tuple[int, int, int] | None = None) -> Tensor:  # fmt: skip
-    """Return a crop of an image file, uint8 (3, size, size): with `seeds` a random one, otherwise
-    that of centre_crop. A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if the crop still has
-    `size` pixels. Raises UserError as read_image does."""
+def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence = ()) -> Tensor:
+    """Return a crop of an image file, uint8 (3, size, size): random if there are `seeds`, else that
+    of centre_crop. A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if the crop has enough pixels.
+    Raises UserError as read_image does."""
     with open_image(path) as image:
         turn, sides = 1, image.size[::-1]
         with contextlib.suppress(Exception):  # broken EXIF raises many kinds
@@ -273,7 +270,7 @@ def read_crop(path: str | Path, size: int, ratio: float = CENTRE_RATIO,
     crop = crop.contiguous(memory_format=torch.channels_last)  # twice as fast
     return nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
-def draw_box(height: int, width: int, seeds: tuple[int, int, int]) -> tuple[int, ...]:
+def draw_box(height: int, width: int, seeds: Sequence) -> tuple[int, ...]:
     """Draw top, left, height and width of a crop like torchvision's RandomResizedCrop."""
     image = torch.empty(1, height, width, device="meta")
     with seeded(*seeds):
@@ -346,9 +343,8 @@ class FolderSet(ImageFolder):
         return suffix in IMAGE_SUFFIXES
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        seeds = None if self.epoch is None else (self.seed, self.epoch, index)
-        path = self.samples[index][0]
-        return read_crop(path, self.size, self.ratio, seeds), self.labels[index]
+        seeds = () if self.epoch is None else (self.seed, self.epoch, index)
+        return read_crop(self.samples[index][0], self.size, self.ratio, seeds), self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return tuple(torch.stack(parts) for parts in zip(*(self[index] for index in indices)))
@@ -435,12 +431,9 @@ def seeded(*numbers: int) -> Iterator[None]:
     that every random transform there is reproducible. (1, 2) and (1, 2, 0) are different seeds."""
     sequence = np.random.SeedSequence((len(numbers), *numbers))
     target = torch if torch.cuda.is_initialized() else torch.default_generator  # 0.2 ms less
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=(), device_type="cpu"):
         target.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
         yield
-    finally:
-        torch.set_rng_state(state)
 
 class EpochBatches:
     """Batches of indices, for a DataLoader's batch_sampler, in an order of (seed, epoch) alone.
@@ -555,27 +548,23 @@ class FancyPCA(nn.Module):
     Adds sum_i p_i alpha_i lambda_i to every pixel, with alpha_i ~ N(0, std) drawn for each image.
     lambda_i are the eigenvalues (not their square roots) and p_i, in column i, the eigenvectors of
     the 3 x 3 covariance of the training set's RGB values in [0, 1]. Krizhevsky et al. 2012, 4.1."""
+    std, p = 0.1, 0.5
 
-    def __init__(self, eigenvalues: Sequence, eigenvectors: Sequence, std=0.1, p=0.5) -> None:
+    def __init__(self, eigenvalues: Tensor, eigenvectors: Tensor) -> None:
         super().__init__()
-        self.eigenvalues = torch.as_tensor(eigenvalues, dtype=torch.float32)
-        self.eigenvectors = torch.as_tensor(eigenvectors, dtype=torch.float32)
-        self.std = std
-        self.p = p
+        self.eigenvalues, self.eigenvectors = eigenvalues.float(), eigenvectors.float()
 
     @classmethod
-    def fit(cls, images: Tensor, std: float = 0.1, p: float = 0.5) -> "FancyPCA":
+    def fit(cls, images: Tensor) -> "FancyPCA":
         """Compute the components of training images uint8 (N, 3, H, W), largest first."""
         eigenvalues, eigenvectors = torch.linalg.eigh(compute_moments(images)[1])
-        return cls(eigenvalues.flip(0), eigenvectors.flip(1), std, p)
+        return cls(eigenvalues.flip(0), eigenvectors.flip(1))
 
     def forward(self, images: Tensor) -> Tensor:
-        n = len(images) if images.ndim == 4 else 1
-        alpha = torch.randn(n, 3) * self.std
-        chosen = torch.rand(n, 1) < self.p
+        alpha = torch.randn(len(images), 3) * self.std
+        chosen = torch.rand(len(images), 1) < self.p
         shift = (chosen * alpha * self.eigenvalues) @ self.eigenvectors.T  # (N, 3)
-        shift = shift.view(*images.shape[:-3], 3, 1, 1)
-        return images + shift.to(images.device, images.dtype, non_blocking=True)
+        return images + shift[:, :, None, None].to(images.device, images.dtype, non_blocking=True)
 
 def make_transform(mean: Sequence, std: Sequence, augment: str = "none",
                    train: ImageSet | FolderSet | None = None, padding: int = 4) -> v2.Compose:
@@ -583,16 +572,16 @@ def make_transform(mean: Sequence, std: Sequence, augment: str = "none",
     "slides" is a random resized crop, a flip and Fancy PCA fitted on `train`; "standard" a padded
     crop and a flip; "cutout" the same and a grey square; "cutmix" is "standard", before
     BatchCutMix. A folder's images are cropped already, and use the usual PCA of ImageNet."""
-    is_folder, steps = isinstance(train, FolderSet), []
+    is_folder, steps = isinstance(train, FolderSet), [v2.ToDtype(torch.float32, scale=True)]
+    if augment != "none" and not is_folder:
+        steps.append(BatchRandomResizedCrop() if augment == "slides" else BatchRandomCrop(padding))
     if augment != "none":
-        crop = BatchRandomResizedCrop() if augment == "slides" else BatchRandomCrop(padding)
-        steps = [BatchRandomHorizontalFlip()] if is_folder else [crop, BatchRandomHorizontalFlip()]
+        steps.append(BatchRandomHorizontalFlip())
     if augment == "cutout":
         steps.append(BatchCutout())
     if augment == "slides":
         pca = FancyPCA(IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS)
         steps.append(pca if is_folder else FancyPCA.fit(train.images))
-    steps = [v2.ToDtype(torch.float32, scale=True), *steps]
     return v2.Compose([*steps, v2.Normalize(mean, std, inplace=True)])
 
 def compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -608,22 +597,21 @@ def compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------- looking at data
 
 def pick_examples(labels: Tensor, count: int) -> list[int]:
-    """Return up to `count` indices of labels (N,), from all classes in turn: the first image of
-    each class, then the second of each."""
+    """Return up to `count` indices of labels (N,): the first of each class, then the second, ..."""
     order = labels.argsort(stable=True)
     counts = labels.bincount()
     turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
     return order[turn.argsort(stable=True)][:count].tolist()
 
-def augment_examples(data: Data, augment: str, seed: int = 0, padding: int = 4) -> Tensor:
-    """Return pick_examples' 64 training images as epoch 0 may show them, float (N, 3, H, W)."""
+def augment_examples(data: Data, augment: str, seed=0, padding=4) -> tuple[Tensor, list[str]]:
+    """Return 64 training images, uint8, as epoch 0 may show them, and their classes' names."""
     data.train.epoch = None if augment == "none" else 0
     images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
     with seeded(seed):
         images = make_transform((0, 0, 0), (1, 1, 1), augment, data.train, padding)(images)
         if augment == "cutmix":
             images, _ = BatchCutMix(len(data.classes))(images, labels)
-    return images.clamp(0, 1)
+    return (images.clamp(0, 1) * 255).round().byte(), [data.classes[label] for label in labels]
 
 def to_ascii(text: str) -> str:
     """Return the text without accents and without the letters that Pillow's font lacks."""
@@ -642,8 +630,7 @@ def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
     for i, (image, text) in enumerate(zip(images, captions, strict=True)):
         x, y = 4 + i % columns * (width + 8), 4 + i // columns * (height + below)
         picture.paste(TF.to_pil_image(image), (x, y))
-        text = to_ascii(text)
-        for row, line in enumerate(text.split("\n")):
+        for row, line in enumerate(to_ascii(text).split("\n")):
             while font.getlength(line) > width:
                 line = line[:-1]
             draw.text((x, y + height + 14 * row), line, "black", font)
@@ -651,11 +638,10 @@ def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
 
 def save_grid(data: Data, augment: str, path: Path) -> None:
     """Draw 64 training images of all classes with their labels: left raw, right augmented."""
-    images, labels = data.train.__getitems__(pick_examples(data.train.labels, 64))
-    names = [data.classes[label] for label in labels.tolist()]
-    augmented = (augment_examples(data, augment) * 255).round().byte()
-    halves = (images, "as in validation"), (augmented, "augmented")
-    halves = [draw_grid(half, [f"{name}\n{kind}" for name in names]) for half, kind in halves]
+    halves = []
+    for how, caption in (("none", "as in validation"), (augment, "augmented")):
+        images, names = augment_examples(data, how)
+        halves.append(draw_grid(images, [f"{name}\n{caption}" for name in names]))
     TF.to_pil_image(torch.cat(halves, 2)).save(path, "PNG")
 
 def count_images(data: Data) -> list[str]:
@@ -697,18 +683,15 @@ def print_speed(data: Data) -> None:
     torch.set_num_threads(1)
     train, size, examples = data.train, data.train.size, pick_examples(data.train.labels, 64)
 
-    def time_reads(read: Callable) -> float:
-        start = time.perf_counter()
-        for index in examples:
-            read(train, index)
-        return time.perf_counter() - start
+    def time_reads(kind: type) -> float:
+        return timeit(lambda: [kind.__getitem__(train, index) for index in examples], number=1)
 
     centre = [transforms.Resize(round(size / train.ratio)), transforms.CenterCrop(size)]
     for train.epoch, steps in ((0, [transforms.RandomResizedCrop(size)]), (None, centre)):
         train.transform = transforms.Compose([*steps, transforms.PILToTensor()])  # ImageFolder's
         seconds, rounds = np.zeros(2), 0
         while seconds.sum() < 10:
-            seconds += [time_reads(FolderSet.__getitem__), time_reads(ImageFolder.__getitem__)]
+            seconds += [time_reads(FolderSet), time_reads(ImageFolder)]
             rounds += 1
         ours, pillow = rounds * len(examples) / seconds
         speeds = f"{ours:.1f} images/s, ImageFolder {pillow:.1f}, ratio {ours / pillow:.2f}"

@@ -741,10 +741,8 @@ def start_writing(run: Run) -> None:
     run.writer.add_text("command", shlex.join(["python", *sys.argv]))
     run.writer.add_text("flags", "\n".join(f"- {k}: {v}" for k, v in vars(run.args).items()))
     run.writer.add_custom_scalars({"In the order in which to look": CHARTS})
-    labels = run.data.train.labels
-    names = [run.data.classes[labels[i]] for i in pick_examples(labels, 64)]
     images = augment_examples(run.data, run.args.augment, run.args.seed, run.args.padding)
-    run.writer.add_image("training images", draw_grid((images * 255).round().byte(), names))
+    run.writer.add_image("training images", draw_grid(*images))
 
 def describe_run(run: Run) -> str:
     """Return lines that say what the run trains, on what, how and where to."""
