@@ -67,7 +67,6 @@ FOREIGN = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume In
 
 class ImageSet(Dataset):
     """Images uint8 (N, 3, H, W) in memory, and their labels int64 (N,)."""
-    epoch: int | None = None  # a FolderSet crops by it
     passed_over = Counter()  # of files by suffix, in a FolderSet
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -244,14 +243,13 @@ def decode(image: Image.Image) -> Tensor:
 
 def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence = ()) -> Tensor:
     """Return a crop of an image file, uint8 (3, size, size): random if there are `seeds`, else that
-    of centre_crop. A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if the crop has enough pixels.
-    Raises UserError as read_image does."""
+    of centre_crop. A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if enough pixels are left."""
     with open_image(path) as image:
         turn, sides = 1, image.size[::-1]
         with contextlib.suppress(Exception):  # broken EXIF raises many kinds
             turn = image.getexif().get(0x0112, 1)  # 1 is upright, 5 to 8 lie on a side
         height, width = sides[::-1] if turn in (5, 6, 7, 8) else sides
-        box = draw_box(height, width, seeds) if seeds else find_centre(height, width, size, ratio)
+        box = find_box(height, width, size, ratio, seeds)
         scales = [s for s in (8, 4, 2) if min(box[2:]) >= s * size]
         if turn != 1:  # part of a pixel, where s does not divide a side, may not come first
             scales = [s for s in scales if width % s == height % s == 0]
@@ -270,14 +268,12 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
     crop = crop.contiguous(memory_format=torch.channels_last)  # twice as fast
     return nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
-def draw_box(height: int, width: int, seeds: Sequence) -> tuple[int, ...]:
-    """Draw top, left, height and width of a crop like torchvision's RandomResizedCrop."""
-    image = torch.empty(1, height, width, device="meta")
-    with seeded(*seeds):
-        return transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-
-def find_centre(height: int, width: int, size: int, ratio: float) -> list[float]:
-    """Return top, left, height and width of what centre_crop shows of an image."""
+def find_box(height: int, width: int, size: int, ratio: float, seeds: Sequence) -> Sequence:
+    """Return top, left, height and width of what RandomResizedCrop or centre_crop shows."""
+    if seeds:
+        image = torch.empty(1, height, width, device="meta")
+        with seeded(*seeds):
+            return transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
     sides, short = (height, width), round(size / ratio)
     resized = [int(short * side / min(sides)) for side in sides]
     start = [round((new - size) / 2) * side / new for side, new in zip(sides, resized)]
@@ -649,10 +645,9 @@ def count_images(data: Data) -> list[str]:
     splits, names = (data.train, data.val, data.test), [*tell_apart(data.classes), "all classes"]
     counts = torch.stack([images.labels.bincount(minlength=len(data.classes)) for images in splits])
     counts = torch.cat([counts, counts.sum(1, keepdim=True)], 1).T.tolist()
-    lines = ["    train      val     test"]
-    lines += [f"{n[0]:>9}{n[1]:>9}{n[2]:>9}  {name:.68}" for n, name in zip(counts, names)]
+    rows = [f"{n[0]:>9}{n[1]:>9}{n[2]:>9}  {name:.68}" for n, name in zip(counts, names)]
     others = ", ".join(f"{n} {what}" for what, n in data.train.passed_over.most_common())
-    return [*lines, f"passed over: {others}"] if others else lines
+    return ["    train      val     test", *rows, *[f"passed over: {others}"] * bool(others)]
 
 def print_stats(data: Data) -> None:
     """Print counts, and the mean, std and principal components that training uses."""
