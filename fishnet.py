@@ -536,8 +536,7 @@ CONFIGS = {
 
 def create_model(name: str, /, **overrides: object) -> nn.Module:
     """Return a new network. Overrides, such as num_classes, replace fields of its FishNetConfig.
-    `name` is a key of CONFIGS, or MODULE:FUNCTION for what your own function(**overrides) returns.
-    Raises UserError if a name, a field or a value is wrong."""
+    `name` is a key of CONFIGS, or MODULE:FUNCTION for what your function(**overrides) returns."""
     module, colon, function = name.partition(":")
     if colon:
         try:
@@ -620,9 +619,8 @@ def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tenso
     return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **options)
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Trade time for memory: keep only the inputs of stem, tail stages, bridge and parts of stages,
-    and compute other activations again in the backward pass. Results stay the same. Chen et al.
-    2016, arXiv 1604.06174. Raises UserError if the model contains no network of this file."""
+    """Trade time for memory: keep only the inputs of stem, tail stages, bridge and parts of stages.
+    The backward pass computes the rest again, to the same bits. Chen et al., arXiv 1604.06174."""
     parts = []
     for module in model.modules():
         if isinstance(module, Network):

@@ -8,15 +8,13 @@
 For one square image (224 pixels for the paper's networks and others' code, else 32) it prints:
 
     parameters   elements of weights and biases
-    MACs         multiply-adds of convolutions and linear layers, without biases. Many papers call
-                 this "FLOPs".
+    MACs         multiply-adds of convolutions and linear layers, without biases; often called FLOPs
     FLOPs        as the slides [S] count them: 2 x (MACs + 2 per element of a batch norm + 1 per
                  output of a ReLU + 1 per input of a pool + 1 per output of an upsampling)
     activations  memory that a float32 training step keeps between forward and backward pass: each
                  tensor that autograd saves, once. A batch of n images keeps n times as much.
 
---stages prints parameters and MACs of the stem, each stage and the classifier (fc), and by the rule
-of [S]:
+--stages prints parameters and MACs of stem, stages and classifier (fc), and by the rule of [S]:
 
     size         side of the stage's output; in the tail before its pool
     blocks       bottlenecks of the stem, residual units of the tail, regular units elsewhere
@@ -152,8 +150,7 @@ def print_networks(counts: dict[str, Counts]) -> None:
 def print_stages(rows: list[StageCounts], i_convs: list[str]) -> None:
     print(f"{'stage':<8}{'size':>6}{'blocks':>9}{'layers':>9}{'parameters':>15} {'MACs, M':>15}")
     for stage, size, blocks, layers, params, macs in rows:
-        left = f"{stage:<8}{size:>6}{blocks:>9}"
-        print(f"{left}{layers:>9}{params:>15,} {macs / 1e6:>15,.2f}")
+        print(f"{stage:<8}{size:>6}{blocks:>9}{layers:>9}{params:>15,} {macs / 1e6:>15,.2f}")
     _, _, _, layers, params, macs = zip(*rows)
     print(f"{'sum':<23}{sum(layers):>9}{sum(params):>15,} {sum(macs) / 1e6:>15,.2f}")
     print("Layers: without shortcuts, transfer blocks and the classifier, fc.")
