@@ -4,8 +4,7 @@
     python evaluate.py runs/NAME/best.pt --split val --report DIR  # pictures, mistakes, report.json
     python evaluate.py runs/NAME/best.pt cat.jpg photos/     # the most probable classes of images
 
-Network, classes, image size and normalisation come from the checkpoint. JSON has errors as
-fractions.
+Network, classes, image size and normalisation are the checkpoint's. JSON has errors as fractions.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import math
 import pickle
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,19 +28,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from data import CENTRE_RATIO, DATASETS, IMAGE_SUFFIXES, Data, FolderSet, ImageSet, centre_crop
 from data import choose_workers, collate, describe_split, draw_grid, ignore_signals, load_data
 from data import is_hidden, make_transform, parse_workers, read_crop, read_image, to_ascii
-from fishnet import FishNet, ResNet, UserError, create_model, max_pool
+from fishnet import FishNet, Network, UserError, create_model
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 CHECKPOINT_FORMAT = 2
-CHECKPOINT_KEYS = {"format", "name", "config", "model", "optimizer", "scaler", "classes", "images"}
-CHECKPOINT_KEYS |= {"mean", "std", "args", "state"}
 
 class DamagedFileError(UserError):
     """A file with damaged content."""
@@ -85,13 +82,11 @@ def check_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Return a checkpoint of train.py. Raises UserError if the file is not one."""
     checkpoint = load_file(path)
-    has_keys = isinstance(checkpoint, dict) and checkpoint.keys() >= CHECKPOINT_KEYS
-    if not has_keys or checkpoint["format"] != CHECKPOINT_FORMAT:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of train.py")
     return checkpoint
 
-def load_model(checkpoint: dict, path: str | Path = "checkpoint",
-               allowed: str | None = None) -> nn.Module:  # fmt: skip
+def load_model(checkpoint: dict, path="checkpoint", allowed: str | None = None) -> nn.Module:
     """Return a checkpoint's network, with its classes, mean, std and input_size, as centre_crop
     takes it. Code, MODULE:FUNCTION, must be `allowed`. Raises UserError if it does not fit."""
     name = checkpoint["name"]
@@ -106,9 +101,8 @@ def load_model(checkpoint: dict, path: str | Path = "checkpoint",
     return model
 
 def load_pretrained(model: nn.Module, path: str | Path) -> str:
-    """Load weights from a checkpoint or a state_dict of this project; return what was loaded. A
-    classifier for another number of classes stays as it is. Raises UserError if anything else does
-    not fit; the model is then unchanged."""
+    """Load weights from a checkpoint or a state_dict; return what was loaded. A classifier of other
+    size is left out. Raises UserError, and changes nothing, if anything else does not fit."""
     content, own, kept = None, model.state_dict(), {}
     with contextlib.suppress(DamagedFileError):  # files of torch before 1.6 look damaged, too
         content = load_file(path)
@@ -137,9 +131,14 @@ def raise_on_all() -> Iterator[None]:
     if errors := [found for found in gather_object([error]) if found]:
         raise errors[0]
 
+def call_on_main(accelerator: Accelerator, function: Callable, *args: object) -> object:
+    """Call a function on the main process; return its result, or raise its UserError, on all."""
+    with raise_on_all():
+        result = function(*args) if accelerator.is_main_process else None
+    return broadcast_object_list([result])[0]
+
 def load_on_all(accelerator: Accelerator, *options: object) -> Data:
-    """Call load_data on every process, first on one of each machine, which may have to download.
-    Raises UserError on all if it fails on one."""
+    """Call load_data on every process, first on one of each machine, which may have to download."""
     for is_main in (True, False):
         with raise_on_all():
             if accelerator.is_local_main_process == is_main:
@@ -160,16 +159,15 @@ class Metrics:
 def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | FolderSet,
              transform: v2.Compose, num_classes: int, batch_size: int = 256, workers: int = 0,
              tta: bool = False) -> Metrics:  # fmt: skip
-    """Return a model's metrics on a set of images, the same on every process. Each process takes
-    every n-th image, in batches of batch_size, and their results are gathered: each counts once.
-    The model stays in evaluation mode."""
+    """Return a model's metrics on a set of images, the same on every process. Each of n processes
+    takes every n-th image, and results are gathered. The model stays in evaluation mode."""
     model = accelerator.unwrap_model(model)  # DDP would wait for processes with more batches
     total, n = len(images), accelerator.num_processes
     shares = [torch.arange(total)[i::n] for i in range(n)]
     results = [torch.empty(5, 0, device=accelerator.device)]
     model.eval()
-    loader = DataLoader(Subset(images, shares[accelerator.process_index].tolist()), batch_size,
-                        num_workers=workers, collate_fn=collate,
+    share = images.subset(shares[accelerator.process_index])
+    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate,
                         worker_init_fn=ignore_signals)  # fmt: skip
     for batch, labels in loader:
         with accelerator.autocast():
@@ -181,7 +179,6 @@ def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | Fold
         in_top5 = (top == labels[:, None]).any(1)
         results.append(torch.stack([labels, losses, in_top5, top[:, 0], probability]))
     results = torch.cat(gather_object([torch.cat(results, dim=1).cpu()]), dim=1).double()
-    assert results.shape[1] == total, f"{results.shape[1]} images counted of {total}"
     labels, losses, in_top5, predicted, probability = results[:, torch.cat(shares).argsort()]
     cells = (labels * num_classes + predicted).long().bincount(minlength=num_classes**2)
     errors = (labels != predicted).sum().item() / total, (1 - in_top5).sum().item() / total
@@ -208,10 +205,8 @@ def compute_logits(model: nn.Module, images: Tensor, transform: v2.Compose, tta:
 
 # ------------------------------------------------------------------------------------- prediction
 
-def read_crops(paths: Iterable[str | Path], input_size: tuple[int, float],
-               faults: list) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """Yield (file, crop) for files, and for the images in folders and below, sorted, without names
-    that begin with a dot. UserErrors go to `faults`."""
+def read_crops(paths: Iterable[str | Path], input_size: tuple, faults: list) -> Iterator[tuple]:
+    """Yield (file, crop) of files and of images below folders, sorted. UserErrors go to faults."""
     for path in map(Path, paths):
         below = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         for file in [p for p in below if not is_hidden(p.relative_to(path))] or [path]:
@@ -224,10 +219,9 @@ def read_crops(paths: Iterable[str | Path], input_size: tuple[int, float],
 def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path], tta: bool = False,
             batch_size: int = 64, faults: list | None = None) -> list[tuple]:  # fmt: skip
     """Return (image, [(class, probability), ...]) for each image, its five most probable classes.
-    `model` is a checkpoint's path, or comes from load_model. `images` are a path or paths of files
-    and folders, or uint8 (N, 3, H, W), named by index. A file that cannot be read is left out: its
-    UserError goes to `faults`, or is raised at the end. `tta` averages over mirror images. The
-    model stays in evaluation mode."""
+    `model` is a checkpoint's path, or comes from load_model, and stays in evaluation mode. `images`
+    are a path or paths of files and folders, or uint8 (N, 3, H, W), named by index. The UserError
+    of an unreadable file goes to `faults`, or is raised at the end. `tta` averages over flips."""
     if not isinstance(model, nn.Module):
         model = load_model(load_checkpoint(model), model)
         model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -254,8 +248,7 @@ def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path]
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Tensor:
     """Draw a confusion matrix, int64 (classes, classes) with a row for each true class: uint8
     (3, H, W). The colour of a cell shows its part of the row; up to 20 classes have numbers."""
-    names = [to_ascii(name) for name in classes]
-    names = [name if len(name) < 25 else f"{name[:13]}...{name[-8:]}" for name in names]
+    names = [n if len(n) < 25 else f"{n[:13]}...{n[-8:]}" for n in map(to_ascii, classes)]
     count, total, wrong = len(classes), int(matrix.sum()), int(matrix.sum() - matrix.trace())
     cell = max(1, min(60, 1100 // count))
     font, small = (ImageFont.load_default(size) for size in (14, min(14, max(10, cell - 1))))
@@ -327,13 +320,11 @@ def paint(features: Tensor, image: Tensor) -> Image.Image:
 def draw_features(model: nn.Module, image: Tensor) -> Tensor:
     """Draw what tail, body and head make of an image uint8 (3, S, S), with a row for each
     resolution: uint8 (3, H, W). Raises UserError if the model is not of fishnet.py."""
-    if not isinstance(model, (FishNet, ResNet)):
+    if not isinstance(model, Network):
         raise UserError("--features works for the networks of fishnet.py only")
     x = make_transform(model.mean, model.std)(image[None].to(next(model.parameters()).device))
     model.eval()
-    y, maps = model.stem(x), {}
-    for stage in ("t1", "t2", "t3", "t4"):
-        y = maps[stage.upper()] = getattr(model, stage)(max_pool(y) if maps else y)
+    maps = dict(Network.forward_stages(model, x))  # of the tail
     if isinstance(model, FishNet):
         maps |= model.forward_features(x, ("B4", "B3", "B2", "H1", "H2", "H3", "H4"))
     side = maps["T1"].shape[-1] * -(-144 // maps["T1"].shape[-1])  # of a tile
@@ -366,8 +357,7 @@ def write_table(path: Path, rows: Iterable[Sequence]) -> None:
 
 def write_report(args: argparse.Namespace, m: Metrics, images: ImageSet | FolderSet,
                  classes: Sequence[str]) -> None:  # fmt: skip
-    """Write pictures, report.json and predictions.csv, which begins with the surest mistakes and
-    ends with the surest hits."""
+    """Write pictures, report.json and predictions.csv: surest mistakes first, surest hits last."""
     rows, captions, is_wrong = [], [], m.predicted != images.labels
     order = torch.where(is_wrong, m.probability, -m.probability).argsort(descending=True).tolist()
     for i in order:
@@ -480,18 +470,15 @@ def main() -> None:
     args = parse_args()
     with report_failures("evaluate.py"):
         accelerator = prepare_machine("no")
-        with raise_on_all():
-            checkpoint = load_checkpoint(args.checkpoint) if accelerator.is_main_process else None
-        (checkpoint,) = broadcast_object_list([checkpoint])
+        checkpoint = call_on_main(accelerator, load_checkpoint, args.checkpoint)
         model = load_model(checkpoint, args.checkpoint, args.model)
         model = model.to(accelerator.device, memory_format=torch.channels_last)
         if args.files:
             sys.exit(predict_files(args, model) if accelerator.is_main_process else 0)
         data = load_split(args, checkpoint, accelerator, *model.input_size)
         images, transform = getattr(data, args.split), make_transform(model.mean, model.std)
-        workers = choose_workers(args.workers, images)
-        options = len(data.classes), args.batch_size, workers, args.tta
-        metrics = evaluate(accelerator, model, images, transform, *options)
+        options = args.batch_size, choose_workers(args.workers, images), args.tta
+        metrics = evaluate(accelerator, model, images, transform, len(data.classes), *options)
         if not math.isfinite(metrics.loss):
             raise UserError(f"{args.checkpoint}: its outputs are not finite")
         if args.report and accelerator.is_main_process:
