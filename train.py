@@ -33,8 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
-from accelerate.utils import parse_flag_from_env, tqdm
+from accelerate.utils import broadcast, gather_object, parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -43,17 +42,16 @@ from torch.utils.tensorboard.summary import hparams
 from data import AUGMENTS, DATASETS, BatchCutMix, Data, EpochBatches, augment_examples
 from data import choose_workers, collate, count_cores, count_images, describe_split, draw_grid
 from data import ignore_signals, make_transform, parse_workers, pick_examples, seeded
-from evaluate import CHECKPOINT_FORMAT, DamagedFileError, Metrics, check_weights, draw_confusion
-from evaluate import evaluate, load_checkpoint, load_on_all, load_pretrained, raise_on_all
-from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, freeze
-from fishnet import zero_init_last
+from evaluate import CHECKPOINT_FORMAT, DamagedFileError, Metrics, call_on_main, check_weights
+from evaluate import draw_confusion, evaluate, load_checkpoint, load_on_all, load_pretrained
+from evaluate import raise_on_all
+from fishnet import CONFIGS, UserError, checkpoint_activations, create_model, freeze, zero_init_last
 
 # A recipe is a set of defaults, which flags override.
 BASELINE = dict(  # the slides' experiment
     dataset="cifar10", model="fishnet99", model_args={}, val_fraction=0.2, augment="slides",
     epochs=100, batch_size=256, opt="adam", lr=1e-2, weight_decay=1e-4, sched="step",
     warmup_epochs=0, smoothing=0.0, patience=20, zero_init_last=False, mixed_precision=None,
-    whiten=False, padding=4,
 )  # fmt: skip
 STRONG = BASELINE | dict(
     # Without final_norm the pooled features are so large that SGD diverges at high rates.
@@ -89,7 +87,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, help="side of a folder's crops, 224 if not given")
     add("--val-fraction", type=float, help="part of the training images kept for validation")
     add("--augment", choices=AUGMENTS, help="see make_transform in data.py")
-    add("--padding", type=int, help="largest shift of --augment standard, cutout and cutmix")
+    add("--padding", type=int, default=4, help="largest shift of standard, cutout and cutmix")
     add("-j", "--workers", type=parse_workers, default="auto", help="processes that read images")
     add("--model", help=f"one of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
     add("--model-args", nargs="+", action="extend", type=parse_field, default=[],
@@ -160,8 +158,7 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
             raise UserError(f"{name.replace('_', '-')}={getattr(args, name)}: {expected}")
 
 def choose_batch_size(args: argparse.Namespace, images: int, parts: int) -> int:
-    """Return --batch-size, or else the recipe's, halved until an epoch has ten steps. Raises
-    UserError if it does not consist of `parts` of two or more images, as batch norm needs."""
+    """Return --batch-size, or else the recipe's, halved until an epoch has ten steps."""
     size, least = args.batch_size or RECIPES[args.recipe]["batch_size"], max(8, 2 * parts)
     is_free = args.batch_size is None
     while is_free and images < 10 * size and size >= 2 * least and size % (2 * parts) == 0:
@@ -360,9 +357,7 @@ def describe(run: Run) -> dict:
     return {"config": config, "images": images, "classes": classes}
 
 def save(run: Run, *names: str) -> None:
-    """Save a checkpoint under each name; the last.pt before it becomes previous.pt. Call it on all
-    processes. Raises UserError if a step since the last save was not finite."""
-    settle(run)
+    """Save a checkpoint under each name; the last.pt before it becomes previous.pt."""
     if not run.accelerator.is_main_process:
         return
     run.writer.flush()
@@ -480,25 +475,22 @@ def train_epoch(run: Run) -> dict[str, float]:
 def settle(run: Run) -> list[float]:
     """Add pending results of train_step to the sums of the epoch; return those of the last step.
     Raises UserError, on all processes, if one of them is not finite."""
-    results = []
-    if run.pending:
-        results = run.accelerator.reduce(torch.stack(run.pending), "sum").tolist()
+    results = run.accelerator.reduce(torch.stack(run.pending), "sum").tolist()
     run.pending.clear()
     for step, (*values, check) in enumerate(results, run.state.step - len(results) + 1):
         if not math.isfinite(check):
             reason = f"the loss or its gradient is not finite at step {step}"
             raise UserError(f"{reason}: try a lower --lr; earlier checkpoints are intact")
         run.state.sums = [total + value for total, value in zip(run.state.sums, values)]
-    return results[-1][:3] if results else []
+    return results[-1][:3]
 
 def run_epochs(run: Run) -> None:
     """Train, validate, log and save, epoch by epoch, until the run is finished."""
     args, state, data = run.args, run.state, run.data
     clean = make_transform(data.mean, data.std)
     batch_size = args.batch_size // args.grad_accum_steps // run.accelerator.num_processes
-    is_whole = True  # False if --max-steps ends inside an epoch
     while (
-        is_whole and state.epoch < args.epochs
+        state.epoch < args.epochs
         and not 0 < args.max_steps <= state.epoch * run.steps
         and not 0 < args.patience <= state.epoch - state.best_epoch
     ):  # fmt: skip
@@ -508,24 +500,23 @@ def run_epochs(run: Run) -> None:
             broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
                            batch_size, args.workers)  # fmt: skip
-            is_lost = not math.isfinite(val.loss)
-            if is_lost and run.accelerator.is_main_process:  # --resume auto takes the one before it
-                (run.folder / "last.pt").replace(run.folder / "last.pt.damaged")
-            if is_lost:
+            if not math.isfinite(val.loss):
+                last = run.folder / "last.pt"  # --resume auto then takes the one before it
+                call_on_main(run.accelerator, last.replace, f"{last}.damaged")
                 way_on = "lower --lr, with --resume auto --override or in a new folder"
                 raise UserError(f"validation loss after step {state.step} is not finite: {way_on}")
             row |= {"val_loss": val.loss, "val_top1_error": val.top1_error,
                     "val_top5_error": val.top5_error}  # fmt: skip
         log_epoch(run, row, val)
-        is_whole = state.step == (state.epoch + 1) * run.steps
-        if is_whole:
-            is_best = row.get("val_loss", -math.inf) < state.best_loss  # without validation: always
-            state.epoch += 1
-            state.history.append(row)
-            state.sums, state.seconds, state.data_seconds = [0.0] * 3, 0.0, 0.0
-            if is_best:
-                state.best_loss, state.best_epoch = row.get("val_loss", math.inf), state.epoch
-            save(run, *["best.pt"] * is_best, "last.pt")
+        if state.step < (state.epoch + 1) * run.steps:  # --max-steps ends inside the epoch
+            break
+        is_best = row.get("val_loss", -math.inf) < state.best_loss  # without validation: always
+        state.epoch += 1
+        state.history.append(row)
+        state.sums, state.seconds, state.data_seconds = [0.0] * 3, 0.0, 0.0
+        if is_best:
+            state.best_loss, state.best_epoch = row.get("val_loss", math.inf), state.epoch
+        save(run, *["best.pt"] * is_best, "last.pt")
 
 def measure_gradient(run: Run) -> Tensor:
     """Return the norm of the gradient. Log that of each stage, and clip to --clip-grad."""
@@ -535,8 +526,7 @@ def measure_gradient(run: Run) -> Tensor:
         if p.grad is not None:
             stages[name.partition(".")[0]].append(p.grad)
     for stage, gradients in stages.items() if run.writer and step % run.args.log_every == 0 else ():
-        norm = nn.utils.get_total_norm(gradients)
-        run.writer.add_scalar(f"gradient_norm/{stage}", float(norm), step)
+        run.writer.add_scalar(f"gradient_norm/{stage}", nn.utils.get_total_norm(gradients), step)
     norm = nn.utils.get_total_norm([g for gradients in stages.values() for g in gradients])
     if run.args.clip_grad:
         nn.utils.clip_grads_with_norm_(run.model.parameters(), run.args.clip_grad, norm)
@@ -545,13 +535,12 @@ def measure_gradient(run: Run) -> Tensor:
 def summarize_epoch(run: Run) -> dict[str, float]:
     """Return a row of metrics.csv: means over the epoch so far, and the learning rate."""
     state, (loss, errors, images) = run.state, run.state.sums
-    seconds = max(state.seconds, 1e-9)
     return {
         "epoch": state.epoch + 1, "step": state.step,
         "lr": compute_lr(run.args, state.step - 1, run.steps),
         "train_loss": loss / images, "train_top1_error": errors / images,
-        "images_per_second": images / seconds, "seconds": state.seconds,
-        "data_wait": state.data_seconds / seconds,  # the part of the time without a batch
+        "images_per_second": images / state.seconds, "seconds": state.seconds,
+        "data_wait": state.data_seconds / state.seconds,  # the part of the time without a batch
     }  # fmt: skip
 
 def log_step(run: Run, bar: tqdm, sums: list[float]) -> None:
@@ -607,8 +596,7 @@ def log_result(run: Run) -> None:
 # ----------------------------------------------------------------------------------------- set-up
 
 def find_run(args: argparse.Namespace) -> tuple[Path, Path | None, dict | None]:
-    """Return the run's folder, and path and content of the checkpoint to continue from. Raises
-    UserError if the folder holds another run, or one without an undamaged checkpoint."""
+    """Return the run's folder, and path and content of the checkpoint to continue from, or None."""
     name = f"{args.model}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}".replace(":", "-")
     path = Path(args.resume) if args.resume and args.resume != "auto" else None
     folder = Path(args.output_dir or (path.parent if path else f"runs/{name}"))
@@ -672,9 +660,8 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
 
 @torch.no_grad()
 def whiten_patches(model: nn.Module, data: Data) -> None:
-    """Set and freeze the first convolution: its filters are the principal components of patches of
-    500 training images, scaled to variance 1, and their negatives. Jordan 2024, arXiv 2404.00498,
-    section 3.1."""
+    """Set and freeze the first convolution: principal components of patches of 500 training images,
+    scaled to variance 1, and their negatives. Jordan 2024, arXiv 2404.00498, section 3.1."""
     conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     chosen = list(range(0, len(data.train), max(1, len(data.train) // 500)))[:500]
     images = make_transform(data.mean, data.std)(data.train.__getitems__(chosen)[0])
@@ -691,9 +678,7 @@ def make_run(args: argparse.Namespace) -> Run:
     args.mixed_precision, reason = choose_precision(args)
     accelerator = prepare_machine(args.mixed_precision)
     check_args(args, accelerator)
-    with raise_on_all():
-        found = find_run(args) if accelerator.is_main_process else None
-    ((folder, path, checkpoint),) = broadcast_object_list([found])
+    folder, path, checkpoint = call_on_main(accelerator, find_run, args)
     args.output_dir = str(folder)
     data = load_same_data(args, accelerator)
     parts = accelerator.num_processes * args.grad_accum_steps
@@ -722,9 +707,7 @@ def make_run(args: argparse.Namespace) -> Run:
     )  # fmt: skip
     if path:
         resume_run(run, path, checkpoint)
-    with raise_on_all():
-        if accelerator.is_main_process:
-            start_writing(run)
+    call_on_main(accelerator, start_writing, run)
     if path and path.resolve() != (folder / "last.pt").resolve():
         save(run, "last.pt")  # so that --resume auto continues from here
     return run
@@ -763,8 +746,7 @@ def describe_run(run: Run) -> str:
     ])  # fmt: skip
 
 def describe_next(run: Run) -> str:
-    """Return lines that say what to do with the result. best.pt is the checkpoint to use, since it
-    has the lowest validation loss; a run that ended inside its first epoch has last.pt alone."""
+    """Return lines that say what to do next. A run that ended in its first epoch has no best.pt."""
     path = run.folder / ("best.pt" if (run.folder / "best.pt").exists() else "last.pt")
     more = f" --model {run.args.model}" if ":" in run.args.model else ""
     more += " --report report" if len(run.data.test) else " --report report --split val"
