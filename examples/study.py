@@ -118,7 +118,7 @@ def make_table(variants: list[str], errors: np.ndarray) -> list[str]:
         costs, difference = count(make_model(variant)), ""
         if variant != "slides" and "slides" in variants:
             difference = own.mean() - errors[variants.index("slides")].mean()
-            difference = f"{difference:+.2f} ± {half:.2f}"
+            difference = f"{difference:+.2f}" + f" ± {half:.2f}" * math.isfinite(half)
         own = ", ".join(f"{error:.2f}" for error in own), f"{own.mean():.2f}"
         cells = variant, f"{costs.params:,}", f"{costs.macs / 1e6:.1f}", *own, difference
         lines.append(f"| {' | '.join(cells)} |")
