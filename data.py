@@ -150,8 +150,8 @@ def stratified_split(labels: Tensor, val_fraction: float, seed: int) -> tuple[Te
     return (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
 
 def describe_split(data: Data) -> dict[str, int]:
-    """Return how many images train and val have and, of a folder, a checksum of their names: when
-    files move, images that a network was trained on may come into val."""
+    """Return the sizes of train and val, and a checksum of a folder's names: files that are moved
+    change the split, and images of the training may come into val."""
     found = {"train": len(data.train), "val": len(data.val)}
     if isinstance(data.train, FolderSet):
         sets = ((images.root, images.samples) for images in (data.train, data.val))
@@ -192,7 +192,7 @@ def read_batch(path: Path, label_key: bytes, num_classes: int) -> tuple[Tensor, 
     if not is_data or not all(type(n) is int and 0 <= n < num_classes for n in labels):
         expected = f"uint8 (N, 3072) and N labels from 0 to {num_classes - 1}"
         raise UserError(f"{path}: not a CIFAR file (expected data {expected})")
-    return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.tensor(labels)
+    return torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.tensor(labels).long()
 
 def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """Return (train, test, class names), downloaded if the folder is not there."""
@@ -282,6 +282,11 @@ def find_box(height: int, width: int, size: int, ratio: float, seeds: Sequence) 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image file."""
     is_deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 are its bits, 262 is 0 if 0 means white
+    is_deep = is_deep and tags.get(258, (16,)) == (16,) and tags.get(262) != 0
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and image.tile[0].args == "RGB;16B":  # Pillow keeps the upper bits
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     image.filename = ""  # otherwise Pillow maps a turned TIFF into memory by the wrong sides
     image.load()
     with contextlib.suppress(Exception):
@@ -289,7 +294,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if is_deep:
         values = np.asarray(image).astype(np.uint16)
         image = Image.fromarray((values / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
+    if image.mode[0] in "IF":
         raise ValueError(f"pixels of Pillow's mode {image.mode}, expected 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -438,10 +443,9 @@ class EpochBatches:
     def __init__(self, length: int, batch_size: int, accum_steps: int = 1, seed: int = 0) -> None:
         if batch_size > length:
             raise UserError(f"batch-size={batch_size}: expected at most {length} training images")
-        self.length = length
+        self.length, self.seed = length, seed
         self.batch_size = batch_size // accum_steps  # Accelerate reads it
         self.batches = length // batch_size * accum_steps
-        self.seed = seed
         self.epoch, self.start = 0, 0  # the loop sets both: which epoch, and its first part
 
     def __len__(self) -> int:
@@ -684,11 +688,10 @@ def print_speed(data: Data) -> None:
     centre = [transforms.Resize(round(size / train.ratio)), transforms.CenterCrop(size)]
     for train.epoch, steps in ((0, [transforms.RandomResizedCrop(size)]), (None, centre)):
         train.transform = transforms.Compose([*steps, transforms.PILToTensor()])  # ImageFolder's
-        seconds, rounds = np.zeros(2), 0
-        while seconds.sum() < 10:
-            seconds += [time_reads(FolderSet), time_reads(ImageFolder)]
-            rounds += 1
-        ours, pillow = rounds * len(examples) / seconds
+        seconds = []
+        while np.sum(seconds) < 10:
+            seconds.append([time_reads(FolderSet), time_reads(ImageFolder)])
+        ours, pillow = len(examples) / np.mean(seconds, 0)
         speeds = f"{ours:.1f} images/s, ImageFolder {pillow:.1f}, ratio {ours / pillow:.2f}"
         print(f"{type(steps[-1]).__name__}: {speeds}")
 

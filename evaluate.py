@@ -160,7 +160,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet | Fold
              transform: v2.Compose, num_classes: int, batch_size: int = 256, workers: int = 0,
              tta: bool = False) -> Metrics:  # fmt: skip
     """Return a model's metrics on a set of images, the same on every process. Each of n processes
-    takes every n-th image, and results are gathered. The model stays in evaluation mode."""
+    takes every n-th image, and results are gathered. Leaves the model in evaluation mode."""
     model = accelerator.unwrap_model(model)  # DDP would wait for processes with more batches
     total, n = len(images), accelerator.num_processes
     shares = [torch.arange(total)[i::n] for i in range(n)]
@@ -219,9 +219,9 @@ def read_crops(paths: Iterable[str | Path], input_size: tuple, faults: list) -> 
 def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path], tta: bool = False,
             batch_size: int = 64, faults: list | None = None) -> list[tuple]:  # fmt: skip
     """Return (image, [(class, probability), ...]) for each image, its five most probable classes.
-    `model` is a checkpoint's path, or comes from load_model, and stays in evaluation mode. `images`
-    are a path or paths of files and folders, or uint8 (N, 3, H, W), named by index. The UserError
-    of an unreadable file goes to `faults`, or is raised at the end. `tta` averages over flips."""
+    `model`, a checkpoint's path or from load_model, is left in evaluation mode. `images` are one or
+    more paths of files and folders, or uint8 (N, 3, H, W), named by index. The UserError of a file
+    that cannot be read goes to `faults`, or is raised at the end. `tta` averages over flips."""
     if not isinstance(model, nn.Module):
         model = load_model(load_checkpoint(model), model)
         model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -580,9 +580,8 @@ def zero_init_last(model: nn.Module) -> None:
             nn.init.zeros_(last.weight)
 
 class FishNetFPN(nn.Module):
-    """A feature pyramid as a backbone for torchvision's detectors (Lin et al. 2017). images ->
-    {"0": (N, out_channels, H, W), "1", "2", "3", "pool"}, of H1 to H4 or a ResNet's T1 to T4. Map
-    "0" has the stem's stride. torchvision pads images to multiples of 32, which suit them all."""
+    """A feature pyramid (Lin et al. 2017) of H1 to H4, or T1 to T4, for torchvision's detectors:
+    images -> {"0": (N, out_channels, H, W), "1", "2", "3", "pool"}; "0" has the stem's stride."""
 
     def __init__(self, model: FishNet | ResNet, out_channels: int = 256) -> None:
         super().__init__()

@@ -110,7 +110,7 @@ def count_stages(model: Network, image_size: int | None = None) -> list[StageCou
     image = make_image(model, image_size)
     operators = run_counted(model, image).get_flop_counts()
     side = image.shape[-1] // model.config.stem_stride  # of the stem's output
-    # The stem's size divided by that of a stage's output, and parts that count as a stage's.
+    # The stride of each stage's output from the stem's, and modules that count as a stage's.
     strides = {"stem": 1, "T1": 1, "T2": 2, "T3": 4, "T4": 8, "B4": 4, "B3": 2, "B2": 1}
     strides |= {"H1": 2, "H2": 4, "H3": 8, "H4": side, "fc": side}
     more = {"T4": ["pool"]} if isinstance(model, ResNet) else {"T4": ["bridge"], "H4": ["pool"]}
@@ -159,8 +159,7 @@ def print_stages(rows: list[StageCounts], i_convs: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count parameters, arithmetic and memory.")
-    names = f"of {', '.join(CONFIGS)} (default: all), or MODULE:FUNCTION"
-    parser.add_argument("names", nargs="*", help=names)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}, or MODULE:FUNCTION")
     parser.add_argument("--stages", metavar="NAME", help="print the layer table of this network")
     parser.add_argument("--image-size", type=int, help="side in pixels (default: 32 or 224)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")

@@ -244,10 +244,9 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [x @ p if t else p @ x for x, p, t in zip(matrices, product / square.sqrt(), tall)]
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum that orthogonalizes the update of each convolution. A weight
-    (C_out, C_in, k, k) is a matrix of C_out rows. Its update gets as large in directions of small
-    gradients as in others, so these learn as fast. Weight decay is decoupled. Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon."""
+    """SGD with Nesterov momentum and decoupled weight decay that orthogonalizes the update of each
+    convolution, a matrix of C_out rows. So directions of small gradients learn as fast as others.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon."""
 
     def __init__(self, params: Iterable, lr: float, momentum=0.9, weight_decay=0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -386,10 +385,11 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
         settings = f"different settings: {', '.join(changes)}"
         raise UserError(f"{path} was trained with {settings}; repeat them, or add --override")
     steps = checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]
-    fixed = (checkpoint["classes"], steps, *(found[name] for name in ("opt", "freeze", "whiten")))
-    if fixed != (own["classes"], run.steps, run.args.opt, run.args.freeze, run.args.whiten):
-        what = "classes, steps an epoch, --opt, --freeze or --whiten"
-        raise UserError(f"{path} has other {what}: start a new run with it as --pretrained")
+    fixed = checkpoint["classes"], steps, *map(found.get, ("opt", "freeze", "whiten"))
+    wanted = own["classes"], run.steps, run.args.opt, run.args.freeze, run.args.whiten
+    if fixed != wanted or not checkpoint["optimizer"]:
+        what = "other classes, steps an epoch, --opt, --freeze or --whiten, or no optimizer"
+        raise UserError(f"{path} has {what}: start a new run with it as --pretrained")
     check_weights(model, checkpoint["model"], path)
     model.load_state_dict(checkpoint["model"])
     groups = zip(checkpoint["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
@@ -573,8 +573,7 @@ def log_validation(run: Run, val: Metrics) -> None:
     data, writer, step = run.data, run.writer, run.state.step
     writer.add_scalar("loss/val", val.loss, step)
     writer.add_scalar("error/val", val.top1_error, step)
-    if len(data.classes) > 5:
-        writer.add_scalar("error/val_top5", val.top5_error, step)
+    writer.add_scalar("error/val_top5", val.top5_error, step)
     chosen, names = pick_examples(data.val.labels, 32), data.classes
     images, labels = data.val.__getitems__(chosen)
     rows = zip(labels, val.predicted[chosen], val.probability[chosen])

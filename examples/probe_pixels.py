@@ -137,7 +137,7 @@ def main() -> None:
     add("--data-dir", default="data", help="where CIFAR-10 is (default: data)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the study (default: 0 1 2)")
     add("--scenes", type=int, default=2000, help="to learn from; half as many to test")
-    add("--epochs", type=int, default=4, help="passes over the scenes")
+    add("--epochs", type=int, default=4, help="scenes drawn, by their number")
     add("--tune", action="store_true", help="train the networks, too")
     add("--picture", metavar="PNG", help="draw what each probe of the last seed finds")
     args = parser.parse_args()
@@ -152,7 +152,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"probe_pixels.py: {error}")
     if args.picture:
-        scenes, truth = draw_scenes(load_data("cifar10", args.data_dir).test, 6, seed=1)
+        count = len(columns[0])
+        scenes, truth = draw_scenes(load_data("cifar10", args.data_dir).test, count, seed=1)
         draw(args.picture, scenes, [truth, *columns])
 
 if __name__ == "__main__":

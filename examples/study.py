@@ -5,8 +5,8 @@
     pip install matplotlib && python examples/study.py --picture study.png --csv study.csv
 
 All variants train alike: 20 epochs of the recipe `strong` on 40,000 images of CIFAR-10. The error
-is that on the other 10,000 training images, after the last epoch. A seed decides the split, the
-order and the augmentation of the images. An interrupted run continues where it stopped. You can
+is that on the other 10,000 training images, after the last epoch. A seed decides the weights, and
+the images' split, order and augmentation. An interrupted run continues where it stopped. You can
 start this program several times, with different variants or seeds, to share the work.
 
 The 95 % intervals are those of a table of variants and seeds (a randomized block design): an error

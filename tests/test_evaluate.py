@@ -274,7 +274,7 @@ class Exit:
     def __reduce__(self) -> tuple:
         return sys.exit, ("a file ran code",)
 
-def test_checkpoints_run_no_code_and_must_have_their_keys(checkpoint, tmp_path):
+def test_checkpoints_run_no_code(checkpoint, tmp_path):
     for content, message in (
         (checkpoint | {"state": Exit()}, "holds objects other than tensors"),
         ([1], "not a checkpoint"),

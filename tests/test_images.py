@@ -94,6 +94,17 @@ def test_16_bit_pgm(tmp_path):
     (tmp_path / "grey.pgm").write_bytes(b"P5 2 1 65535\n\x80\x80\xff\xff")
     assert read_image(tmp_path / "grey.pgm").tolist() == [[[128, 255]]] * 3
 
+@pytest.mark.parametrize("bits, black, content", [(12, 1, "000801"), (16, 0, "0000 8080")])
+def test_grey_tiffs_with_another_white_are_refused(tmp_path, bits, black, content):
+    """White is 4095 in 12 bits, and 0 if the tag 262 is 0."""
+    pixels = bytes.fromhex(content)
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: black, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels
+    (tmp_path / "grey.tif").write_bytes(head + struct.pack("<H", len(tags)) + directory + bytes(4))
+    with pytest.raises(UserError, match="mode I;16"):
+        read_image(tmp_path / "grey.tif")
+
 def make_png(width, depth, colour, row, **chunks):
     """Return a PNG of one row, with more chunks between its header and its pixels."""
     header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
@@ -103,6 +114,11 @@ def make_png(width, depth, colour, row, **chunks):
         part = name.encode() + part
         content += struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
     return content
+
+def test_a_transparent_colour_of_16_bits_lies_on_white(tmp_path):
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x3400, 0x7800, 0xBC00)
+    (tmp_path / "rgb.png").write_bytes(make_png(2, 16, 2, row, tRNS=row[:6]))
+    assert read_array(tmp_path / "rgb.png").tolist() == [[[255] * 3, [0x34, 0x78, 0xBC]]]
 
 def test_a_text_chunk_of_two_megabytes_does_not_matter(tmp_path):
     text = b"k\0\0" + zlib.compress(b"a" * 2**21)
