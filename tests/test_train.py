@@ -480,7 +480,7 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
         (("--epochs", "2"), r"settings: epochs 1 -> 2; repeat them, or add --override"),
         (("--model-args", "bridge=none"), "settings: bridge se -> none; "),
         (("--override", "--opt", "adam"), "has other classes, steps an epoch, --opt"),
-        (("--override", "--freeze", "tail"), "or --whiten: start a new run with it as --pret"),
+        (("--override", "--freeze", "tail"), "or --whiten, or no optimizer: start a new run"),
         (("--override", "-b", "16"), "has other classes, steps an epoch, --opt"),
         (("--override", "--model-args", "bridge=none"), "do not fit the model"),
     ):
