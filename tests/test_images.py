@@ -94,10 +94,9 @@ def test_16_bit_pgm(tmp_path):
     (tmp_path / "grey.pgm").write_bytes(b"P5 2 1 65535\n\x80\x80\xff\xff")
     assert read_image(tmp_path / "grey.pgm").tolist() == [[[128, 255]]] * 3
 
-@pytest.mark.parametrize("bits, black, content", [(12, 1, "000801"), (16, 0, "0000 8080")])
-def test_grey_tiffs_with_another_white_are_refused(tmp_path, bits, black, content):
+@pytest.mark.parametrize("bits, black, pixels", [(12, 1, b"\0\x08\1"), (16, 0, b"\0\0\x80\x80")])
+def test_grey_tiffs_with_another_white_are_refused(tmp_path, bits, black, pixels):
     """White is 4095 in 12 bits, and 0 if the tag 262 is 0."""
-    pixels = bytes.fromhex(content)
     tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: black, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels
