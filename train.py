@@ -386,8 +386,8 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
         raise UserError(f"{path} was trained with {settings}; repeat them, or add --override")
     steps = checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]
     fixed = checkpoint["classes"], steps, *map(found.get, ("opt", "freeze", "whiten"))
-    wanted = own["classes"], run.steps, run.args.opt, run.args.freeze, run.args.whiten
-    if fixed != wanted or not checkpoint["optimizer"]:
+    needed = own["classes"], run.steps, run.args.opt, run.args.freeze, run.args.whiten
+    if fixed != needed or not checkpoint["optimizer"]:
         what = "other classes, steps an epoch, --opt, --freeze or --whiten, or no optimizer"
         raise UserError(f"{path} has {what}: start a new run with it as --pretrained")
     check_weights(model, checkpoint["model"], path)

@@ -15,6 +15,7 @@ divided by those that are either.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -101,17 +102,22 @@ def compute_iou(found: Tensor, truth: Tensor) -> float:
     hits = cells.diag()
     return (hits / (cells.sum(0) + cells.sum(1) - hits)).mean().item()
 
+@functools.cache
+def load_scenes(data_dir: str, seed: int, count: int) -> tuple[tuple, tuple]:
+    """Return scenes and truth to learn from, and half as many to test."""
+    data = load_data("cifar10", data_dir, 0.2, seed)  # as the study splits it
+    return draw_scenes(data.val, count, seed=0), draw_scenes(data.test, count // 2, seed=1)
+
 def probe_seeds(args: argparse.Namespace, run: str, stages: tuple[str, ...]) -> Tensor:
     """Probe the maps of a network of each seed. Print a row of the table, and return the classes
     found in the first six scenes by the last seed."""
     ious = []
     for seed in args.seeds:
-        data = load_data("cifar10", args.data_dir, 0.2, seed)  # as the study splits it
+        learn, (scenes, truth) = load_scenes(args.data_dir, seed, args.scenes)
         path = Path(args.runs) / f"{run}-{seed}" / "last.pt"
         torch.manual_seed(0)
         probe = Probe(load_model(load_checkpoint(path), path), stages)
-        train_probe(probe, *draw_scenes(data.val, args.scenes, seed=0), args.epochs, args.tune)
-        scenes, truth = draw_scenes(data.test, args.scenes // 2, seed=1)
+        train_probe(probe, *learn, args.epochs, args.tune)
         found = find_classes(probe, scenes)
         ious.append(100 * compute_iou(found, truth))
     text = ", ".join(f"{iou:.1f}" for iou in ious)
@@ -152,9 +158,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"probe_pixels.py: {error}")
     if args.picture:
-        count = len(columns[0])
-        scenes, truth = draw_scenes(load_data("cifar10", args.data_dir).test, count, seed=1)
-        draw(args.picture, scenes, [truth, *columns])
+        _, (scenes, truth) = load_scenes(args.data_dir, args.seeds[-1], args.scenes)
+        draw(args.picture, scenes[:6], [truth[:6], *columns])
 
 if __name__ == "__main__":
     main()
