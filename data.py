@@ -358,8 +358,7 @@ class FolderSet(ImageFolder):
 
 def centre_crop(image: Tensor, size: int, ratio: float = CENTRE_RATIO) -> Tensor:
     """Resize the short side of uint8 (3, H, W) to size / ratio, and cut out (3, size, size)."""
-    image = TF.resize(image, [round(size / ratio)], antialias=True)
-    return TF.center_crop(image, [size, size])
+    return TF.center_crop(TF.resize(image, [round(size / ratio)], antialias=True), [size, size])
 
 def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: float) -> Data:
     """Load root/train, root/val or root/valid (or a part of train), root/test (or nothing)."""
@@ -614,13 +613,14 @@ def augment_examples(data: Data, augment: str, seed=0, padding=4) -> tuple[Tenso
     return (images.clamp(0, 1) * 255).round().byte(), [data.classes[label] for label in labels]
 
 def to_ascii(text: str) -> str:
-    """Return the text without accents and without the letters that Pillow's font lacks."""
-    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    """Return the text without accents, and numbers for letters that Pillow's font lacks."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "backslashreplace").decode()
 
 def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
     """Draw images uint8 (N, 3, H, W) in rows of eight with a caption below each: uint8 (3, H', W').
     Images below 96 pixels are enlarged by a whole number. Captions may have several lines, and are
-    cut at the width of an image. The font has English letters; others lose their accents."""
+    cut at the width of an image. The font has English letters, see to_ascii."""
     scale = -(-96 // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     font, (height, width) = ImageFont.load_default(size=12), images.shape[-2:]
@@ -679,6 +679,8 @@ def print_faults(data: Data) -> int:
 
 def print_speed(data: Data) -> None:
     """Print images/s of our crops and of ImageFolder's on one thread, which take turns."""
+    from train import prepare_machine  # late, because train.py imports this file
+    prepare_machine("no")  # memory is handed out as in training
     torch.set_num_threads(1)
     train, size, examples = data.train, data.train.size, pick_examples(data.train.labels, 64)
 

@@ -358,15 +358,15 @@ def write_table(path: Path, rows: Iterable[Sequence]) -> None:
 def write_report(args: argparse.Namespace, m: Metrics, images: ImageSet | FolderSet,
                  classes: Sequence[str]) -> None:  # fmt: skip
     """Write pictures, report.json and predictions.csv: surest mistakes first, surest hits last."""
-    rows, captions, is_wrong = [], [], m.predicted != images.labels
+    rows, captions = [("image", "true class", "predicted class", "probability")], []
+    is_wrong = m.predicted != images.labels
     order = torch.where(is_wrong, m.probability, -m.probability).argsort(descending=True).tolist()
     for i in order:
         name = images.samples[i][0] if isinstance(images, FolderSet) else str(i)
         true, found, p = classes[images.labels[i]], classes[m.predicted[i]], m.probability[i].item()
         rows.append((name, true, found, round(p, 6)))
         captions.append(f"{Path(name).name}\ntrue: {true}\n{p:.1%} {found}")
-    header = ("image", "true class", "predicted class", "probability")
-    write_table(args.report / "predictions.csv", [header, *rows])
+    write_table(args.report / "predictions.csv", rows)
     report = summarize(m, classes) | {"tta": args.tta, "confusion": m.confusion.tolist()}
     write_file(args.report / "report.json", json.dumps(report, indent=1).encode())
     write_file(args.report / "confusion.png", draw_confusion(m.confusion, classes))
@@ -402,6 +402,9 @@ def predict_files(args: argparse.Namespace, model: nn.Module) -> int:
     results = predict(model, args.files, args.tta, args.batch_size, faults)
     for error in faults:
         print(f"evaluate.py: {error}", file=sys.stderr)
+    suffixes = {p.suffix.lower() for path in args.files for p in Path(path).rglob("*.*")}
+    if others := ", ".join(sorted(suffixes - {"", *IMAGE_SUFFIXES})):
+        print(f"evaluate.py: passed over files with {others}", file=sys.stderr)
     if args.json:
         rows = [{"file": file, "top": [{"class": name, "probability": p} for name, p in top]}
                 for file, top in results]  # fmt: skip
@@ -416,8 +419,7 @@ def predict_files(args: argparse.Namespace, model: nn.Module) -> int:
         grid = draw_grid(image[None], ["\n".join(f"{p:.1%} {name}" for name, p in top)])
         write_file(args.save / f"{i:05}_{Path(file).stem}.png", grid)
     if args.features and results:
-        image = read_crop(results[0][0], *model.input_size)
-        write_file(args.features, draw_features(model, image))
+        write_file(args.features, draw_features(model, read_crop(results[0][0], *model.input_size)))
     return int(bool(faults))
 
 def print_metrics(m: Metrics, args: argparse.Namespace, name: str, classes: Sequence[str]) -> None:
@@ -466,7 +468,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     from train import prepare_machine, report_failures  # late, because train.py imports this file
-
     args = parse_args()
     with report_failures("evaluate.py"):
         accelerator = prepare_machine("no")

@@ -352,8 +352,7 @@ def describe(run: Run) -> dict:
     config = run.args.model_args | {"num_classes": len(run.data.classes)}
     if ":" not in run.args.model:
         config = asdict(run.accelerator.unwrap_model(run.model).config)
-    images, classes = describe_split(run.data), list(run.data.classes)
-    return {"config": config, "images": images, "classes": classes}
+    return {"config": config, "images": describe_split(run.data), "classes": list(run.data.classes)}
 
 def save(run: Run, *names: str) -> None:
     """Save a checkpoint under each name; the last.pt before it becomes previous.pt."""
@@ -587,8 +586,7 @@ def log_result(run: Run) -> None:
     flags = {key: value if isinstance(value, (int, float)) else str(value) for key, value in flags}
     tags = {"loss/train": "train_loss", "error/train": "train_top1_error",
             "loss/val": "val_loss", "error/val": "val_top1_error"}  # fmt: skip
-    results = {tag: row[name] for tag, name in tags.items() if name in row}
-    for summary in hparams(flags, results):
+    for summary in hparams(flags, {tag: row[name] for tag, name in tags.items() if name in row}):
         run.writer.file_writer.add_summary(summary)
     run.writer.flush()
 
@@ -793,9 +791,8 @@ def report_failures(program: str) -> Iterator[None]:
                 worker.kill()  # they ignore SIGTERM, so Python would wait for them
 
 def main() -> None:
-    args = parse_args()
     with report_failures("train.py"):
-        run = make_run(args)
+        run = make_run(parse_args())
         run.stop.listen()
         run.accelerator.print(describe_run(run))
         run_epochs(run)

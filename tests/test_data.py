@@ -460,6 +460,7 @@ def test_captions_are_below_their_images_and_cut_at_their_width():
     assert torch.equal(named, plain) and changed.shape == (4 + 2 * (80 + 4 + 14 * 2), 8 * 108)
     assert changed.sum() > 500 and not changed[:84].any() and not changed[112:].any()
     assert not changed.reshape(-1, 8, 108)[:, :, 104:].any()
+    assert data.to_ascii("e\u0301\u00eb \u732b") == r"ee \u732b"
 
 def test_stats_are_what_numpy_finds(run):
     output = run("--stats")

@@ -234,12 +234,14 @@ def test_predict_takes_a_path_or_a_model_and_images_or_paths(checkpoint, cifar_d
     with pytest.raises(UserError, match=r"none\.jpg: cannot be read"):
         predict(model, [tmp_path / "none.jpg"])
 
-def test_predictions_are_written(checkpoint, run_evaluate, cifar_dir, tmp_path):
+def test_predictions_are_written(checkpoint, run_evaluate, cifar_dir, tmp_path, capsys):
     image, out = load_data("cifar10", cifar_dir).test.images[0], tmp_path / "out"
     to_pil_image(image).save(tmp_path / "0.png")
+    (tmp_path / "1.HEIC").touch()
     flags = "--csv", out / "a.csv", "--save", out, "--features", out / "f.png", "--json"
     with pytest.raises(SystemExit, match=r"^0$"):
-        run_evaluate(checkpoint, *map(str, (tmp_path / "0.png", tmp_path / "0.png", *flags)))
+        run_evaluate(checkpoint, *map(str, (tmp_path / "0.png", tmp_path, *flags)))
+    assert capsys.readouterr().err == "evaluate.py: passed over files with .heic, .pt\n"
     assert sorted(p.name for p in out.iterdir()) == ["00001_0.png", "00002_0.png", "a.csv", "f.png"]
     _, (name, found, probability), _ = csv.reader((out / "a.csv").open())
     top = predict(load_model(checkpoint, "a.pt"), image[None])[0][1][0]
