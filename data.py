@@ -643,6 +643,7 @@ def save_grid(data: Data, augment: str, path: Path) -> None:
         images, names = augment_examples(data, how)
         halves.append(draw_grid(images, [f"{name}\n{caption}" for name in names]))
     TF.to_pil_image(torch.cat(halves, 2)).save(path, "PNG")
+    print(f"wrote {path}")
 
 def count_images(data: Data) -> list[str]:
     """Return lines that say how many images each class and split has, and what was passed over."""
@@ -679,8 +680,6 @@ def print_faults(data: Data) -> int:
 
 def print_speed(data: Data) -> None:
     """Print images/s of our crops and of ImageFolder's on one thread, which take turns."""
-    from train import prepare_machine  # late, because train.py imports this file
-    prepare_machine("no")  # memory is handed out as in training
     torch.set_num_threads(1)
     train, size, examples = data.train, data.train.size, pick_examples(data.train.labels, 64)
 

@@ -468,6 +468,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     from train import prepare_machine, report_failures  # late, because train.py imports this file
+
     args = parse_args()
     with report_failures("evaluate.py"):
         accelerator = prepare_machine("no")
