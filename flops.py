@@ -147,15 +147,14 @@ def print_networks(counts: dict[str, Counts]) -> None:
         costs = f"{params:>11,} {macs / 1e6:>12,.2f} {flops / 1e6:>12,.2f} {size / 2**20:>17,.2f}"
         print(f"{name:<{width}}{costs}")
 
-def print_stages(rows: list[StageCounts], i_convs: list[str]) -> None:
+def print_stages(rows: list[StageCounts], convs: list[str]) -> None:
     print(f"{'stage':<8}{'size':>6}{'blocks':>9}{'layers':>9}{'parameters':>15} {'MACs, M':>15}")
     for stage, size, blocks, layers, params, macs in rows:
         print(f"{stage:<8}{size:>6}{blocks:>9}{layers:>9}{params:>15,} {macs / 1e6:>15,.2f}")
     _, _, _, layers, params, macs = zip(*rows)
     print(f"{'sum':<23}{sum(layers):>9}{sum(params):>15,} {sum(macs) / 1e6:>15,.2f}")
     print("Layers: without shortcuts, transfer blocks and the classifier, fc.")
-    text = f"{len(i_convs)} I-convs: {', '.join(i_convs)}."
-    print(textwrap.fill(text, 79, subsequent_indent="  "))
+    print(textwrap.fill(f"{len(convs)} I-convs: {', '.join(convs)}.", 79, subsequent_indent="  "))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count parameters, arithmetic and memory.")

@@ -96,6 +96,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--freeze", metavar="PARTS", help='what is not trained, such as "tail" or "tail,body"')
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--whiten", action="store_true", help="freeze a first convolution that whitens patches")
+    add("--progressive-resize", action="store_true", help="sides of 1/2, 3/4, 1: a third each")
     add("--epochs", type=int, help="number of epochs, which the learning rate follows")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
     add("-b", "--batch-size", type=int, help="of all processes; not given: it suits the data")
@@ -139,10 +140,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Raise UserError for values that no run can have."""
-    positive = ("epochs", "batch_size", "grad_accum_steps", "decay_epochs", "log_every")
+    counts = ("epochs", "batch_size", "grad_accum_steps", "decay_epochs", "log_every", "image_size")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not int(name in positive) <= value < 2**63:
-            expected = f"expected a finite number of at least {int(name in positive)}"
+        if type(value) in (int, float) and not int(name in counts) <= value < 2**63:
+            expected = f"expected a finite number of at least {int(name in counts)}"
             raise UserError(f"{name.replace('_', '-')}={value}: {expected}")
     for name, is_wrong, expected in (
         ("smoothing", args.smoothing >= 1, "expected less than 1"),
@@ -159,9 +160,8 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def choose_batch_size(args: argparse.Namespace, images: int, parts: int) -> int:
     """Return --batch-size, or else the recipe's, halved until an epoch has ten steps."""
-    size, least = args.batch_size or RECIPES[args.recipe]["batch_size"], max(8, 2 * parts)
-    is_free = args.batch_size is None
-    while is_free and images < 10 * size and size >= 2 * least and size % (2 * parts) == 0:
+    size, least = args.batch_size or RECIPES[args.recipe]["batch_size"], max(16, 4 * parts)
+    while args.batch_size is None and least <= size > images / 10 and size % (2 * parts) == 0:
         size //= 2
     if size % parts or size < 2 * parts:
         expected = f"expected {parts} parts of at least 2 images, for batch norm"
@@ -421,6 +421,9 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
             if run.mix:
                 images, targets = run.mix(images, labels)  # targets: (N, classes)
                 labels = targets.argmax(1)
+            scale = 0.5 + 0.25 * (3 * state.epoch // args.epochs)
+            if args.progressive_resize and scale < 1:
+                images = F.interpolate(images, None, scale, "bilinear", antialias=True)
             logits = run.model(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
             accelerator.backward(loss / args.grad_accum_steps)
@@ -640,9 +643,9 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
     """Return the network as the seed draws it."""
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=classes, **args.model_args)
-    stride = getattr(getattr(model, "config", None), "stride", 1)
-    if args.image_size is not None and (args.image_size < stride or args.image_size % stride):
-        raise UserError(f"image-size={args.image_size}: expected a multiple of {stride}")
+    stride = getattr(getattr(model, "config", None), "stride", 1) * 4**args.progressive_resize
+    if (side := args.image_size or 32) % stride:
+        raise UserError(f"image-size={side}: expected a multiple of {stride}")
     if args.zero_init_last:
         zero_init_last(model)
     if args.freeze:
@@ -762,8 +765,6 @@ def explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
         return f"{os.fsdecode(error.filename or 'TensorBoard')}: {error.strerror}"
-    if isinstance(error, BlockingIOError):
-        return f"a process cannot be started ({error.strerror}): lower --workers"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return "out of memory: lower --batch-size, or train with --checkpoint-activations"
     if "DataLoader worker" in text and "shared memory" in text:

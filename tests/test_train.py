@@ -84,7 +84,7 @@ def test_flags_are_these():
     free += " checkpoint_activations output_dir checkpoint_every override log_every"
     bound = "dataset image_size val_fraction augment model zero_init_last epochs batch_size seed"
     bound += " grad_accum_steps opt lr weight_decay sched decay_epochs warmup_epochs smoothing"
-    bound += " clip_grad mixed_precision padding whiten freeze"
+    bound += " clip_grad mixed_precision padding whiten freeze progressive_resize"
     assert set(train.FREE) == set(free.split())
     assert set(vars(train.parse_args([]))) == {*free.split(), *bound.split()}
 
@@ -182,7 +182,7 @@ def test_adamw_decays_matrices_alone():
 def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
     """Twelve steps written straight down: their order, draws, rates, gradients and updates."""
     flags = ["--epochs", "2", "--seed", "3", "--smoothing", "0.1", "--clip-grad", "1"]
-    flags += ["--augment", "slides"]
+    flags += ["--augment", "slides", *["--progressive-resize"] * (opt == "adam")]
     run_train(tmp_path, *flags, "--opt", opt)
     loaded = data.load_data("cifar10", cifar_dir, 0.2, 3)
     torch.manual_seed(3)
@@ -200,6 +200,8 @@ def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
             order = torch.randperm(192)[32 * i : 32 * i + 32]
         with data.seeded(3, epoch, step, 0):
             images = transform(loaded.train.images[order])
+        if opt == "adam":
+            images = F.interpolate(images, 16 + 8 * epoch, mode="bilinear", antialias=True)
         logits = model(images.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits, loaded.train.labels[order], label_smoothing=0.1)
         optimizer.zero_grad()
@@ -310,8 +312,7 @@ def test_the_batch_size_suits_the_number_of_images():
         else:
             with pytest.raises(UserError, match="batch-size=256: expected 3 parts"):
                 train.choose_batch_size(args, images, parts)
-    args = train.parse_args(["-b", "128"])
-    assert train.choose_batch_size(args, 224, 1) == 128
+    assert train.choose_batch_size(train.parse_args(["-b", "128"]), 224, 1) == 128
 
 @pytest.mark.parametrize("features, expected", [
     ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "no"),
@@ -342,8 +343,7 @@ def test_pretrained_weights_are_where_a_run_starts(run_train, tmp_path):
     source = create_model("fishnet_tiny", num_classes=7, channels=(4, 4, 4, 16), k=2)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     flags = "--lr", "0", "--pretrained", str(tmp_path / "weights.pt"), "--max-steps", "1"
-    out = run_train(tmp_path / "run", *flags)
-    assert "the classifier is new, for 10 classes" in out
+    assert "the classifier is new, for 10 classes" in run_train(tmp_path / "run", *flags)
     trained = load(tmp_path / "run" / "last.pt")["model"]
     for name, parameter in source.named_parameters():
         assert name == "fc.weight" or torch.equal(parameter, trained[name]), name
@@ -507,6 +507,7 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
     ("--model-args num_classes=5", "num_classes is the dataset's"),
     ("--freeze neck", "freeze=neck: the network has no part 'neck'"),
     ("--whiten --pretrained a.pt", "--pretrained would replace these filters"),
+    ("--progressive-resize --model-args stem_stride=4", "expected a multiple of 128"),
     ("--model no_such_module:make", "no_such_module"),
     ("--model test_train:nothing", "nothing"),
     ("--data-dir /dev/null", "/dev/null"),
