@@ -96,7 +96,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--freeze", metavar="PARTS", help='what is not trained, such as "tail" or "tail,body"')
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--whiten", action="store_true", help="freeze a first convolution that whitens patches")
-    add("--progressive-resize", action="store_true", help="sides of 1/2, 3/4, 1: a third each")
+    add("--progressive-resize", action="store_true", help="sides of 1/2, then 3/4 at the start")
     add("--epochs", type=int, help="number of epochs, which the learning rate follows")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
     add("-b", "--batch-size", type=int, help="of all processes; not given: it suits the data")
@@ -421,7 +421,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
             if run.mix:
                 images, targets = run.mix(images, labels)  # targets: (N, classes)
                 labels = targets.argmax(1)
-            scale = 0.5 + 0.25 * (3 * state.epoch // args.epochs)
+            scale = (0.5, 0.5, 0.75, 1, 1, 1)[6 * state.epoch // args.epochs]
             if args.progressive_resize and scale < 1:
                 images = F.interpolate(images, None, scale, "bilinear", antialias=True)
             logits = run.model(images.contiguous(memory_format=torch.channels_last))

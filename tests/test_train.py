@@ -201,7 +201,7 @@ def test_a_run_is_this_loop(run_train, cifar_dir, tmp_path, opt):
         with data.seeded(3, epoch, step, 0):
             images = transform(loaded.train.images[order])
         if opt == "adam":
-            images = F.interpolate(images, 16 + 8 * epoch, mode="bilinear", antialias=True)
+            images = F.interpolate(images, 16 + 16 * epoch, mode="bilinear", antialias=True)
         logits = model(images.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits, loaded.train.labels[order], label_smoothing=0.1)
         optimizer.zero_grad()
