@@ -154,8 +154,7 @@ def describe_split(data: Data) -> dict[str, int]:
     change the split, and images of the training may come into val."""
     found = {"train": len(data.train), "val": len(data.val)}
     if isinstance(data.train, FolderSet):
-        sets = ((images.root, images.samples) for images in (data.train, data.val))
-        names = [os.path.relpath(path, root) for root, samples in sets for path, _ in samples]
+        names = [os.path.relpath(p, s.root) for s in (data.train, data.val) for p, _ in s.samples]
         found["names"] = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
     return found
 
@@ -258,8 +257,7 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
             image.draft(None, [side // scales[0] for side in image.size])
             top, left, rows, columns = (side / scales[0] for side in box)
             box = left, top, left + columns, top + rows
-            image = convert_to_rgb(image).resize([size] * 2, Image.Resampling.BILINEAR, box)
-            return TF.pil_to_tensor(image)
+            return TF.pil_to_tensor(convert_to_rgb(image).resize([size] * 2, Image.BILINEAR, box))
         image = decode(image)
     if not seeds:
         return centre_crop(image, size, ratio)
@@ -597,8 +595,7 @@ def compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def pick_examples(labels: Tensor, count: int) -> list[int]:
     """Return up to `count` indices of labels (N,): the first of each class, then the second, ..."""
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
+    order, counts = labels.argsort(stable=True), labels.bincount()
     turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
     return order[turn.argsort(stable=True)][:count].tolist()
 

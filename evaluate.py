@@ -248,7 +248,7 @@ def predict(model: nn.Module | str | Path, images: Tensor | Iterable[str | Path]
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Tensor:
     """Draw a confusion matrix, int64 (classes, classes) with a row for each true class: uint8
     (3, H, W). The colour of a cell shows its part of the row; up to 20 classes have numbers."""
-    names = [n if len(n) < 25 else f"{n[:13]}...{n[-8:]}" for n in map(to_ascii, classes)]
+    names = [to_ascii(n if len(n) < 25 else f"{n[:13]}...{n[-8:]}") for n in classes]
     count, total, wrong = len(classes), int(matrix.sum()), int(matrix.sum() - matrix.trace())
     cell = max(1, min(60, 1100 // count))
     font, small = (ImageFont.load_default(size) for size in (14, min(14, max(10, cell - 1))))
@@ -402,9 +402,10 @@ def predict_files(args: argparse.Namespace, model: nn.Module) -> int:
     results = predict(model, args.files, args.tta, args.batch_size, faults)
     for error in faults:
         print(f"evaluate.py: {error}", file=sys.stderr)
-    suffixes = {p.suffix.lower() for path in args.files for p in Path(path).rglob("*.*")}
+    below = [(p, path) for path in args.files for p in Path(path).rglob("*") if p.is_file()]
+    suffixes = {p.suffix.lower() for p, path in below if not is_hidden(p.relative_to(path))}
     if others := ", ".join(sorted(suffixes - {"", *IMAGE_SUFFIXES})):
-        print(f"evaluate.py: passed over files with {others}", file=sys.stderr)
+        print(f"evaluate.py: passed over {others}; convert photos to .jpg", file=sys.stderr)
     if args.json:
         rows = [{"file": file, "top": [{"class": name, "probability": p} for name, p in top]}
                 for file, top in results]  # fmt: skip

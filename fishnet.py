@@ -592,8 +592,7 @@ class FishNetFPN(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths, out_channels, LastLevelMaxPool(), nn.BatchNorm2d)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self.model.forward_features(x).values()
-        return self.fpn(OrderedDict((str(i), y) for i, y in enumerate(maps)))
+        return self.fpn(OrderedDict(zip("0123", self.model.forward_features(x).values())))
 
 class FrozenStatistics(contextlib.AbstractContextManager):
     """Freeze batch norm's running statistics while activations are computed a second time."""

@@ -106,8 +106,7 @@ def count_stages(model: Network, image_size: int | None = None) -> list[StageCou
     """Return the layer table. Its parameters and MACs add up to the network's."""
     if not isinstance(model, Network):
         raise UserError("--stages: expected a network of fishnet.py")
-    model = to_meta(model)
-    image = make_image(model, image_size)
+    model, image = to_meta(model), make_image(model, image_size)
     operators = run_counted(model, image).get_flop_counts()
     side = image.shape[-1] // model.config.stem_stride  # of the stem's output
     # The stride of each stage's output from the stem's, and modules that count as a stage's.

@@ -96,7 +96,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--freeze", metavar="PARTS", help='what is not trained, such as "tail" or "tail,body"')
     add("--zero-init-last", action=argparse.BooleanOptionalAction, help="units start as shortcuts")
     add("--whiten", action="store_true", help="freeze a first convolution that whitens patches")
-    add("--progressive-resize", action="store_true", help="sides of 1/2, then 3/4 at the start")
+    add("--progressive-resize", action="store_true", help="half of the epochs see smaller images")
     add("--epochs", type=int, help="number of epochs, which the learning rate follows")
     add("--max-steps", type=int, default=0, help="end after this many steps; 0: no limit")
     add("-b", "--batch-size", type=int, help="of all processes; not given: it suits the data")
@@ -152,6 +152,7 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
         ("mixed_precision", args.mixed_precision in ("tf32", "fp16")
          and accelerator.device.type == "cpu", "use bf16 or no on a CPU"),
         ("whiten", args.whiten and args.pretrained, "--pretrained would replace these filters"),
+        ("patience", args.progressive_resize and args.patience, "use 0 with --progressive-resize"),
         ("model_args", "num_classes" in args.model_args, "num_classes is the dataset's"),
         ("resume", args.resume == "auto" and not args.output_dir, "needs --output-dir, its folder"),
     ):  # fmt: skip
@@ -161,7 +162,7 @@ def check_args(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def choose_batch_size(args: argparse.Namespace, images: int, parts: int) -> int:
     """Return --batch-size, or else the recipe's, halved until an epoch has ten steps."""
     size, least = args.batch_size or RECIPES[args.recipe]["batch_size"], max(16, 4 * parts)
-    while args.batch_size is None and least <= size > images / 10 and size % (2 * parts) == 0:
+    while not args.batch_size and size >= least and 10 * size > images and size % (2 * parts) == 0:
         size //= 2
     if size % parts or size < 2 * parts:
         expected = f"expected {parts} parts of at least 2 images, for batch norm"
@@ -377,7 +378,8 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     own, optimizer, model = describe(run), run.optimizer, run.accelerator.unwrap_model(run.model)
     wanted = {name: value for name, value in vars(run.args).items() if name not in FREE}
     wanted |= own["config"] | {"images": own["images"]}
-    found = checkpoint["args"] | checkpoint["config"] | {"images": checkpoint["images"]}
+    had = vars(parse_args([])) | checkpoint["args"]  # flags that are newer have their defaults
+    found = had | checkpoint["config"] | {"images": checkpoint["images"]}
     names = [name for name in wanted | checkpoint["config"] if found.get(name) != wanted.get(name)]
     changes = [f"{name} {found.get(name)} -> {wanted.get(name)}" for name in names]
     if changes and not run.args.override:
@@ -496,8 +498,7 @@ def run_epochs(run: Run) -> None:
         and not 0 < args.max_steps <= state.epoch * run.steps
         and not 0 < args.patience <= state.epoch - state.best_epoch
     ):  # fmt: skip
-        row = train_epoch(run)
-        val = None
+        row, val = train_epoch(run), None
         if len(data.val):
             broadcast(list(run.model.buffers()))  # processes differ in batch norm's statistics
             val = evaluate(run.accelerator, run.model, data.val, clean, len(data.classes),
@@ -645,7 +646,8 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
     model = create_model(args.model, num_classes=classes, **args.model_args)
     stride = getattr(getattr(model, "config", None), "stride", 1) * 4**args.progressive_resize
     if (side := args.image_size or 32) % stride:
-        raise UserError(f"image-size={side}: expected a multiple of {stride}")
+        note = " with --progressive-resize" * args.progressive_resize
+        raise UserError(f"image-size={side}: expected a multiple of {stride}{note}")
     if args.zero_init_last:
         zero_init_last(model)
     if args.freeze:
@@ -655,7 +657,7 @@ def make_model(args: argparse.Namespace, classes: int, accelerator: Accelerator)
     if args.compile:  # in place, which leaves the names of the weights
         is_alone = accelerator.num_processes == args.grad_accum_steps == 1
         use_graphs = is_alone and accelerator.device.type == "cuda"  # gradients must not move
-        model.compile(mode="reduce-overhead" if use_graphs else None)
+        model.compile(mode="reduce-overhead" if use_graphs else None, dynamic=False)
     return model.to(memory_format=torch.channels_last)
 
 @torch.no_grad()
@@ -765,6 +767,8 @@ def explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
         return f"{os.fsdecode(error.filename or 'TensorBoard')}: {error.strerror}"
+    if isinstance(error, BlockingIOError):
+        return f"a process cannot be started ({error.strerror}): lower --workers"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return "out of memory: lower --batch-size, or train with --checkpoint-activations"
     if "DataLoader worker" in text and "shared memory" in text:

@@ -42,8 +42,7 @@ class Linear(nn.Module):
 def make_images(count: int, classes: int) -> ImageSet:
     rng = np.random.RandomState(0)
     pixels = rng.randint(0, 256, (count, 3, 4, 4)).astype(np.uint8)
-    labels = rng.randint(0, classes, count)
-    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels))
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(rng.randint(0, classes, count)))
 
 def counted(accelerator: Accelerator, count: int, batch_size: int, classes: int = 12) -> list:
     """Return the counts and the loss that evaluate finds."""
@@ -237,11 +236,12 @@ def test_predict_takes_a_path_or_a_model_and_images_or_paths(checkpoint, cifar_d
 def test_predictions_are_written(checkpoint, run_evaluate, cifar_dir, tmp_path, capsys):
     image, out = load_data("cifar10", cifar_dir).test.images[0], tmp_path / "out"
     to_pil_image(image).save(tmp_path / "0.png")
-    (tmp_path / "1.HEIC").touch()
+    (tmp_path / "0.1 seconds").mkdir()
+    (tmp_path / "0.1 seconds/1.HEIC").touch()
     flags = "--csv", out / "a.csv", "--save", out, "--features", out / "f.png", "--json"
     with pytest.raises(SystemExit, match=r"^0$"):
         run_evaluate(checkpoint, *map(str, (tmp_path / "0.png", tmp_path, *flags)))
-    assert capsys.readouterr().err == "evaluate.py: passed over files with .heic, .pt\n"
+    assert "passed over .heic, .pt; convert" in capsys.readouterr().err
     assert sorted(p.name for p in out.iterdir()) == ["00001_0.png", "00002_0.png", "a.csv", "f.png"]
     _, (name, found, probability), _ = csv.reader((out / "a.csv").open())
     top = predict(load_model(checkpoint, "a.pt"), image[None])[0][1][0]

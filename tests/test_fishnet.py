@@ -184,8 +184,7 @@ def test_any_configuration_equals_the_reference(case):
     model = fill(create_model("fishnet99", **overrides)).train()
     assert case not in CONFIGS or model.config == CONFIGS[case]
     side = 16 * config.get("stem_stride", 1)
-    shape = (3, config.pop("in_channels", 3), side, side * 3 // 2)
-    images = torch.from_numpy(normal(*shape))
+    images = torch.from_numpy(normal(3, config.pop("in_channels", 3), side, side * 3 // 2))
     expected = reference(images, **config)
     assert expected.std() > 1e-3
     torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
@@ -250,8 +249,7 @@ def test_channel_sum_is_equation_8(k, memory_format):
 @pytest.mark.parametrize("name", ["fishnet99", "fishnet99_imagenet"])
 def test_weights_start_as_their_sources_say(name):
     is_papers = name.endswith("_imagenet")
-    model = create_model(name, num_classes=1000)
-    for module in model.modules():
+    for module in create_model(name, num_classes=1000).modules():
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
         elif isinstance(module, nn.Linear) and not is_papers:
