@@ -559,8 +559,8 @@ def test_compile_changes_nothing_and_happens_once(run_train, tmp_path, monkeypat
     tail_alone = "body_depths=()", "head_depths=()", "transfer_depths=()"
     flags = "--epochs", "2", "--model-args", *tail_alone
     run_train(tmp_path / "eager", *flags)
-    compile_module = nn.Module.compile  # with a backend that takes minutes less
-    monkeypatch.setattr(nn.Module, "compile", lambda m, **_: compile_module(m, backend="eager"))
+    run = nn.Module.compile  # with a backend that takes minutes less
+    monkeypatch.setattr(nn.Module, "compile", lambda m, mode, dynamic: run(m, backend="eager"))
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         run_train(tmp_path / "compiled", *flags, "--compile")
