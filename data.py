@@ -269,13 +269,22 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
 def find_box(height: int, width: int, size: int, ratio: float, seeds: Sequence) -> Sequence:
     """Return top, left, height and width of what RandomResizedCrop or centre_crop shows."""
     if seeds:
-        image = torch.empty(1, height, width, device="meta")
-        with seeded(*seeds):
-            return transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+        return draw_box(height, width, seeds)
     sides, short = (height, width), round(size / ratio)
     resized = [int(short * side / min(sides)) for side in sides]
     start = [round((new - size) / 2) * side / new for side, new in zip(sides, resized)]
     return [*start, *(size * side / new for side, new in zip(sides, resized))]
+
+def draw_box(height: int, width: int, seeds: Sequence) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width as RandomResizedCrop does, from `seeds` and faster."""
+    numbers = np.random.SeedSequence((len(seeds), *seeds)).generate_state(40) / 2**32
+    for area, aspect, y, x in numbers.reshape(10, 4).tolist():
+        area, aspect = height * width * (0.08 + 0.92 * area), (4 / 3) ** (2 * aspect - 1)
+        rows, columns = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+        if 0 < rows <= height and 0 < columns <= width:
+            return int(y * (height - rows + 1)), int(x * (width - columns + 1)), rows, columns
+    rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image file."""
@@ -684,10 +693,11 @@ def print_speed(data: Data) -> None:
         return timeit(lambda: [kind.__getitem__(train, index) for index in examples], number=1)
 
     centre = [transforms.Resize(round(size / train.ratio)), transforms.CenterCrop(size)]
-    for train.epoch, steps in ((0, [transforms.RandomResizedCrop(size)]), (None, centre)):
+    for steps in ([transforms.RandomResizedCrop(size)], centre):
         train.transform = transforms.Compose([*steps, transforms.PILToTensor()])  # ImageFolder's
         seconds = []
         while np.sum(seconds) < 10:
+            train.epoch = None if steps is centre else len(seconds)
             seconds.append([time_reads(FolderSet), time_reads(ImageFolder)])
         ours, pillow = len(examples) / np.mean(seconds, 0)
         speeds = f"{ours:.1f} images/s, ImageFolder {pillow:.1f}, ratio {ours / pillow:.2f}"
