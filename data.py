@@ -51,9 +51,8 @@ CIFAR = {
 }
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 
-# The usual constants for folders of images, from github.com/facebookarchive/fb.resnet.torch. The
-# eigenvalues for Fancy PCA are not those of pixels with this std: they add up to 0.241, and the
-# squares of the std to 0.153. Column i of the matrix belongs to eigenvalue i.
+# The usual constants for folders of images, from github.com/facebookarchive/fb.resnet.torch.
+# Column i of the matrix belongs to eigenvalue i.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
 IMAGENET_EIGENVECTORS = torch.tensor(
@@ -219,6 +218,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     """Open an image file, and name it in the error of any decoder."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.info.pop("xmp", None)  # Pillow, unlike viewers, turns an image as XMP says
             yield image
     except Exception as error:  # decoders raise many kinds for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -291,16 +291,12 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     is_deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 are its bits, 262 is 0 if 0 means white
     is_deep = is_deep and tags.get(258, (16,)) == (16,) and tags.get(262) != 0
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and image.tile[0].args == "RGB;16B":  # Pillow keeps the upper bits
-        image.info["transparency"] = tuple(value >> 8 for value in key)
     image.filename = ""  # otherwise Pillow maps a turned TIFF into memory by the wrong sides
     image.load()
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if is_deep:
-        values = np.asarray(image).astype(np.uint16)
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode[0] in "IF":
         raise ValueError(f"pixels of Pillow's mode {image.mode}, expected 8 or 16 bits")
     if image.has_transparency_data:

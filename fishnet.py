@@ -359,8 +359,7 @@ class Network(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
         kind = "fishnet99_imagenet" if content["imagenet"] else "fishnet99"
         model = create_model(kind, **content["config"])
         model.load_state_dict(load_file(folder / files[1]))
-        for attribute in cls.ATTRIBUTES:
-            setattr(model, attribute, content[attribute])
+        vars(model).update((name, content[name]) for name in cls.ATTRIBUTES)
         return model.eval()
 
 class ResNet(Network):
@@ -404,10 +403,9 @@ class FishNet(Network):
         depth = (*config.body_depths, *config.head_depths)[i]
         dilation, k = (config.body_dilations[i], config.k) if i < 3 else (1, 1)
         regular = make_units((trunk, trunk), depth, config.preact, dilation)
-        if config.transfer_depths:
-            transfer = make_units((skip, skip), config.transfer_depths[i], config.preact)
-        else:
-            transfer = Bottleneck(skip, skip, config.preact)
+        depths = config.transfer_depths
+        transfer = (make_units((skip, skip), depths[i], config.preact) if depths
+                    else Bottleneck(skip, skip, config.preact))  # fmt: skip
         return Stage(regular, transfer, Refine(trunk + skip, k, config.preact))
 
     def forward_tail(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -494,9 +492,8 @@ class ImageNetFishNet(FishNet):
         dilation = config.body_dilations[i] if i < 3 else 1
         k = config.k if i in (1, 2) else 1
         width = (trunk + skip) // k
-        refine = [ResidualUnit((width, width), True, dilation, "conv") for _ in range(depth - 1)]
-        if depth:
-            refine.insert(0, Refine(trunk + skip, k, True, dilation))
+        refine = [Refine(trunk + skip, k, True, dilation)] if depth else []
+        refine += [ResidualUnit((width, width), True, dilation, "conv") for _ in range(depth - 1)]
         transfer = make_units((skip, skip), config.transfer_depths[i], True)
         kind = Stage if skip else StageWithoutSkip
         return kind(nn.Identity(), transfer, nn.Sequential(*refine))
@@ -611,9 +608,8 @@ class FrozenStatistics(contextlib.AbstractContextManager):
 
 def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return forward(x) of a part whose activations are computed again in the backward pass."""
-    options = {"context_fn": lambda: (contextlib.nullcontext(), FrozenStatistics(part))}
-    if torch.compiler.is_compiling():  # the compiler does not update statistics twice
-        options = {}
+    frozen = {"context_fn": lambda: (contextlib.nullcontext(), FrozenStatistics(part))}
+    options = {} if torch.compiler.is_compiling() else frozen  # compiled code updates them once
     return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **options)
 
 def checkpoint_activations(model: nn.Module) -> None:

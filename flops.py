@@ -23,8 +23,7 @@ For one square image (224 pixels for the paper's networks and others' code, else
 It ends with the isolated convolutions (I-convs, [P] section 3): those with neither an identity nor
 a concatenation beside them, so that the gradient must pass through them.
 
-[P] is the paper, arXiv 1901.03495. [S] are the slides, github.com/crapine1119/fishnet: they report
-2.53 GFLOP, 17.92 M parameters and 99 layers for FishNet99, 0.56 GFLOP and 3.00 M for ResNet50.
+[P] is the paper, arXiv 1901.03495. [S] are the slides, github.com/crapine1119/fishnet.
 """
 
 import argparse

@@ -259,9 +259,8 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             gradients = [p.grad for p in params]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            for p in (p for p in params if not self.state[p]):
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             # One call for all weights: a GPU would wait for so many small operations.
             torch._foreach_mul_(buffers, group["momentum"])
