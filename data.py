@@ -16,6 +16,7 @@ import contextlib
 import copy
 import os
 import pickle
+import random
 import signal
 import sys
 import unicodedata
@@ -248,7 +249,7 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
         with contextlib.suppress(Exception):  # broken EXIF raises many kinds
             turn = image.getexif().get(0x0112, 1)  # 1 is upright, 5 to 8 lie on a side
         height, width = sides[::-1] if turn in (5, 6, 7, 8) else sides
-        box = find_box(height, width, size, ratio, seeds)
+        box = draw_box(height, width, seeds) if seeds else find_centre(height, width, size, ratio)
         scales = [s for s in (8, 4, 2) if min(box[2:]) >= s * size]
         if turn != 1:  # part of a pixel, where s does not divide a side, may not come first
             scales = [s for s in scales if width % s == height % s == 0]
@@ -266,10 +267,8 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
     crop = crop.contiguous(memory_format=torch.channels_last)  # twice as fast
     return nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
-def find_box(height: int, width: int, size: int, ratio: float, seeds: Sequence) -> Sequence:
-    """Return top, left, height and width of what RandomResizedCrop or centre_crop shows."""
-    if seeds:
-        return draw_box(height, width, seeds)
+def find_centre(height: int, width: int, size: int, ratio: float) -> list[float]:
+    """Return top, left, height and width of what centre_crop shows."""
     sides, short = (height, width), round(size / ratio)
     resized = [int(short * side / min(sides)) for side in sides]
     start = [round((new - size) / 2) * side / new for side, new in zip(sides, resized)]
@@ -277,12 +276,12 @@ def find_box(height: int, width: int, size: int, ratio: float, seeds: Sequence) 
 
 def draw_box(height: int, width: int, seeds: Sequence) -> tuple[int, int, int, int]:
     """Draw top, left, height and width as RandomResizedCrop does, from `seeds` and faster."""
-    numbers = np.random.SeedSequence((len(seeds), *seeds)).generate_state(40) / 2**32
-    for area, aspect, y, x in numbers.reshape(10, 4).tolist():
-        area, aspect = height * width * (0.08 + 0.92 * area), (4 / 3) ** (2 * aspect - 1)
+    rng = random.Random(str(seeds))
+    for _ in range(10):
+        area, aspect = height * width * rng.uniform(0.08, 1), (4 / 3) ** rng.uniform(-1, 1)
         rows, columns = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
         if 0 < rows <= height and 0 < columns <= width:
-            return int(y * (height - rows + 1)), int(x * (width - columns + 1)), rows, columns
+            return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
     rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
@@ -346,12 +345,13 @@ class FolderSet(ImageFolder):
             self.passed_over[suffix or "no suffix"] += 1
         return suffix in IMAGE_SUFFIXES
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
         seeds = () if self.epoch is None else (self.seed, self.epoch, index)
-        return read_crop(self.samples[index][0], self.size, self.ratio, seeds), self.labels[index]
+        return read_crop(path, self.size, self.ratio, seeds), label
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return tuple(torch.stack(parts) for parts in zip(*(self[index] for index in indices)))
+        return torch.stack([self[index][0] for index in indices]), self.labels[indices]
 
     def subset(self, indices: Tensor) -> "FolderSet":
         subset = copy.copy(self)

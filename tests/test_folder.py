@@ -132,7 +132,7 @@ def test_a_training_crop_is_torchvisions_resized_crop(photos):
         assert torch.equal(found, v2.functional.resized_crop(whole, *box, [48, 48]))
         assert found.dtype == torch.uint8 and label == index // 8
 
-@pytest.mark.parametrize("sides", [(300, 400), (90, 41), (9, 100), (1, 3), (400, 4)])
+@pytest.mark.parametrize("sides", [(300, 400), (90, 41), (9, 100), (1, 1), (400, 4)])
 def test_boxes_are_distributed_like_torchvisions(sides):
     image, samples = torch.empty(1, *sides, device="meta"), []
     with seeded(0):
