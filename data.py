@@ -219,7 +219,6 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     """Open an image file, and name it in the error of any decoder."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.info.pop("xmp", None)  # Pillow, unlike viewers, turns an image as XMP says
             yield image
     except Exception as error:  # decoders raise many kinds for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -232,29 +231,32 @@ def read_image(path: str | Path) -> Tensor:
     with open_image(path) as image:
         return decode(image)
 
+def read_turn(image: Image.Image) -> int:
+    """Return how an opened image file is turned, as EXIF's number: 1 is upright, 5 to 8 lie."""
+    with contextlib.suppress(Exception):  # broken EXIF raises many kinds
+        return image.getexif().get(0x0112, 1)
+    return 1
+
 def decode(image: Image.Image) -> Tensor:
     """Decode an opened image file to uint8 RGB (3, H, W)."""
-    if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
+    if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB") and read_turn(image) == 1:
         image.fp.seek(0)
         content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
         with contextlib.suppress(RuntimeError, AttributeError):  # Pillow reads it, or says why not
-            return torch.ops.image.decode_jpeg(content, 3, True)  # as RGB, turned; faster
+            return torch.ops.image.decode_jpeg(content, 3, False)  # as RGB; faster
     return TF.pil_to_tensor(convert_to_rgb(image))
 
 def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence = ()) -> Tensor:
     """Return a crop of an image file, uint8 (3, size, size): random if there are `seeds`, else that
     of centre_crop. A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if enough pixels are left."""
     with open_image(path) as image:
-        turn, sides = 1, image.size[::-1]
-        with contextlib.suppress(Exception):  # broken EXIF raises many kinds
-            turn = image.getexif().get(0x0112, 1)  # 1 is upright, 5 to 8 lie on a side
-        height, width = sides[::-1] if turn in (5, 6, 7, 8) else sides
+        turn = read_turn(image)
+        height, width = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
         box = draw_box(height, width, seeds) if seeds else find_centre(height, width, size, ratio)
         scales = [s for s in (8, 4, 2) if min(box[2:]) >= s * size]
         if turn != 1:  # part of a pixel, where s does not divide a side, may not come first
             scales = [s for s in scales if width % s == height % s == 0]
         if scales and isinstance(image, JpegImageFile):
-            image.decodermaxblock = 2**22  # read the file at once
             image.draft(None, [side // scales[0] for side in image.size])
             top, left, rows, columns = (side / scales[0] for side in box)
             box = left, top, left + columns, top + rows
@@ -275,7 +277,7 @@ def find_centre(height: int, width: int, size: int, ratio: float) -> list[float]
     return [*start, *(size * side / new for side, new in zip(sides, resized))]
 
 def draw_box(height: int, width: int, seeds: Sequence) -> tuple[int, int, int, int]:
-    """Draw top, left, height and width as RandomResizedCrop does, from `seeds` and faster."""
+    """Draw top, left, height and width as RandomResizedCrop does, but from `seeds`, and faster."""
     rng = random.Random(str(seeds))
     for _ in range(10):
         area, aspect = height * width * rng.uniform(0.08, 1), (4 / 3) ** rng.uniform(-1, 1)
@@ -299,8 +301,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":
         raise ValueError(f"pixels of Pillow's mode {image.mode}, expected 8 or 16 bits")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 def tell_apart(names: Sequence[str]) -> list[str]:

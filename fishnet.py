@@ -609,7 +609,7 @@ class FrozenStatistics(contextlib.AbstractContextManager):
 def forward_again(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return forward(x) of a part whose activations are computed again in the backward pass."""
     frozen = {"context_fn": lambda: (contextlib.nullcontext(), FrozenStatistics(part))}
-    options = {} if torch.compiler.is_compiling() else frozen  # compiled code updates them once
+    options = {} if torch.compiler.is_compiling() else frozen  # compiled, statistics change once
     return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **options)
 
 def checkpoint_activations(model: nn.Module) -> None:

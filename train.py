@@ -210,8 +210,7 @@ def prepare_machine(precision: str | None) -> Accelerator:
             torch.set_num_threads(count_cores())
         torch.set_flush_denormal(True)  # numbers under 1e-38 make arithmetic many times slower
         if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-            # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: else page faults take a fifth of a step.
-            for option in (-1, -3):
+            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: fewer page faults
                 mallopt(option, 2**31 - 1)
     return accelerator
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from data import UserError, read_crop, read_image
+from data import UserError, read_image
 
 def random_pixels(*shape):
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
@@ -62,13 +62,6 @@ def test_exif_orientation(tmp_path, orientation, turn):
     exif[0x0112] = orientation
     Image.fromarray(rgb).save(tmp_path / "image.png", exif=exif)
     np.testing.assert_array_equal(read_array(tmp_path / "image.png"), np.rot90(rgb, turn))
-
-def test_a_turn_that_xmp_asks_for_is_left_out_as_viewers_do(tmp_path):
-    for name, xmp in (("turned.jpg", b'tiff:Orientation="6"'), ("upright.jpg", b"")):
-        Image.fromarray(random_pixels(64, 96, 3)).save(tmp_path / name, xmp=xmp)
-    for size in (4, 60):  # the small one is decoded at a part of its size
-        crops = [read_crop(tmp_path / name, size) for name in ("turned.jpg", "upright.jpg")]
-        assert torch.equal(*crops)
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "CMYK", "RGB"])
 def test_a_turned_tiff_is_turned_pixels(tmp_path, mode):
