@@ -198,6 +198,8 @@ def load_cifar(name: str, data_dir: Path) -> tuple[ImageSet, ImageSet, tuple[str
     source, label_key, _, _ = CIFAR[name]
     folder, sets = data_dir / source.base_folder, []
     if not folder.is_dir():
+        if (data_dir / "train").is_dir():
+            raise UserError(f"{data_dir}: holds train/, not {name}: add --dataset folder")
         try:
             download_and_extract_archive(source.url, data_dir, md5=source.tgz_md5)
         except (OSError, RuntimeError) as error:
@@ -220,6 +222,8 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             yield image
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder without images such as .jpg") from None
     except Exception as error:  # decoders raise many kinds for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None
@@ -314,9 +318,8 @@ def is_hidden(path: Path) -> bool:
     return any(part[0] == "." or part in FOREIGN for part in path.parts)
 
 class FolderSet(ImageFolder):
-    """Images of root/<class>/**, read and cropped when they are asked for; labels int64 (N,). An
-    image is uint8 (3, size, size): the centre while `epoch` is None, else a random crop that
-    follows from (seed, epoch, index) alone. `passed_over` counts what is no image, by suffix."""
+    """Images of root/<class>/**, cropped to uint8 (3, size, size) on access; int64 labels (N,).
+    `epoch` None shows the centre, else a random crop that follows from (seed, epoch, index)."""
     epoch: int | None = None
 
     def __init__(self, root: Path, size: int, ratio: float, seed: int) -> None:
@@ -371,7 +374,7 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: fl
         if (root / split).exists():
             images = FolderSet(root / split, size, ratio, seed)
             if other := tell_apart(sorted(set(images.classes) ^ set(train.classes))):
-                raise UserError(f"{root / split}: other classes than train: {', '.join(other)}")
+                raise UserError(f"{root / split}: unlike train; only one has: {', '.join(other)}")
             train.passed_over.update(images.passed_over)
             splits["val" if split == "valid" else split] = images
     splits.setdefault("test", train.subset(torch.arange(0)))
@@ -525,9 +528,8 @@ class BatchCutout(nn.Module):
 
 class BatchCutMix(nn.Module):
     """With probability p, replace a box of image i, and that part of its label, by image N - 1 - i.
-    The box has the image's aspect ratio, an area drawn evenly from 0 to the whole, and any centre;
-    what reaches over the edge is lost. images (N, C, H, W), labels (N,) -> images, and targets
-    (N, classes). Yun et al. 2019, here with a box for each image."""
+    The box has the image's aspect ratio, an area drawn evenly from 0 to the whole, and any centre.
+    (N, C, H, W), labels (N,) -> (N, C, H, W), targets (N, classes). Yun et al. 2019, a box each."""
     p = 0.5
 
     def __init__(self, classes: int) -> None:
@@ -622,8 +624,8 @@ def to_ascii(text: str) -> str:
 
 def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
     """Draw images uint8 (N, 3, H, W) in rows of eight with a caption below each: uint8 (3, H', W').
-    Images below 96 pixels are enlarged by a whole number. Captions may have several lines, and are
-    cut at the width of an image. The font has English letters, see to_ascii."""
+    Images below 96 pixels are enlarged by a whole number. Captions may have several lines, which
+    are shortened to the width of an image. The font has English letters, see to_ascii."""
     scale = -(-96 // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     font, (height, width) = ImageFont.load_default(size=12), images.shape[-2:]
@@ -635,7 +637,7 @@ def draw_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
         picture.paste(TF.to_pil_image(image), (x, y))
         for row, line in enumerate(to_ascii(text).split("\n")):
             while font.getlength(line) > width:
-                line = line[:-1]
+                line = f"{line[: len(line) // 2 - 1]}…{line[len(line) // 2 + 1 :]}"
             draw.text((x, y + height + 14 * row), line, "black", font)
     return TF.pil_to_tensor(picture)
 

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from data import CENTRE_RATIO, DATASETS, IMAGE_SUFFIXES, Data, FolderSet, ImageSet, centre_crop
@@ -355,8 +355,7 @@ def write_table(path: Path, rows: Iterable[Sequence]) -> None:
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
-def write_report(args: argparse.Namespace, m: Metrics, images: ImageSet | FolderSet,
-                 classes: Sequence[str]) -> None:  # fmt: skip
+def write_report(args: argparse.Namespace, m: Metrics, images: Dataset, classes: Sequence) -> None:
     """Write pictures, report.json and predictions.csv: surest mistakes first, surest hits last."""
     rows, captions = [("image", "true class", "predicted class", "probability")], []
     is_wrong = m.predicted != images.labels
@@ -389,9 +388,9 @@ def load_split(args: argparse.Namespace, checkpoint: dict, accelerator: Accelera
     data = load_on_all(accelerator, dataset, *options)
     if list(data.classes) != checkpoint["classes"]:
         raise UserError(f"dataset={dataset}: has other classes than {args.checkpoint}")
-    images, had = describe_split(data), checkpoint["images"]
-    if args.split == "val" and dataset == trained["dataset"] and images != had:
-        raise UserError(f"split=val: changed from {had} to {images} since the run; train again")
+    is_same = dataset != trained["dataset"] or describe_split(data) == checkpoint["images"]
+    if args.split == "val" and not is_same:
+        raise UserError("split=val: other images than those of the run; train again")
     if not len(getattr(data, args.split)):
         raise UserError(f"split={args.split}: has no images in {data_dir}; give another --split")
     return data

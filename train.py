@@ -70,8 +70,6 @@ FREE = (
     "recipe", "data_dir", "workers", "model_args", "pretrained", "max_steps", "patience", "compile",
     "checkpoint_activations", "output_dir", "checkpoint_every", "resume", "override", "log_every",
 )  # fmt: skip
-# The processes of a run may differ in these flags; in others they would wait for one another.
-OWN = ("data_dir", "workers", "pretrained")
 
 def parse_field(text: str) -> tuple[str, object]:
     """Split FIELD=VALUE; a value in Python's notation becomes that value, others stay words."""
@@ -374,21 +372,20 @@ def save(run: Run, *names: str) -> None:
 def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     """Continue from a checkpoint. Raises UserError if it belongs to another experiment."""
     own, optimizer, model = describe(run), run.optimizer, run.accelerator.unwrap_model(run.model)
-    wanted = {name: value for name, value in vars(run.args).items() if name not in FREE}
-    wanted |= own["config"] | {"images": own["images"]}
-    had = vars(parse_args([])) | checkpoint["args"]  # flags that are newer have their defaults
-    found = had | checkpoint["config"] | {"images": checkpoint["images"]}
+    wanted = {n: value for n, value in vars(run.args).items() if n not in FREE} | own["config"]
+    found = vars(parse_args([])) | checkpoint["args"] | checkpoint["config"]  # for newer flags
     names = [name for name in wanted | checkpoint["config"] if found.get(name) != wanted.get(name)]
     changes = [f"{name} {found.get(name)} -> {wanted.get(name)}" for name in names]
     if changes and not run.args.override:
         settings = f"different settings: {', '.join(changes)}"
         raise UserError(f"{path} was trained with {settings}; repeat them, or add --override")
     steps = checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]
-    fixed = checkpoint["classes"], steps, *map(found.get, ("opt", "freeze", "whiten"))
-    needed = own["classes"], run.steps, run.args.opt, run.args.freeze, run.args.whiten
-    if fixed != needed or not checkpoint["optimizer"]:
-        what = "other classes, steps an epoch, --opt, --freeze or --whiten, or no optimizer"
-        raise UserError(f"{path} has {what}: start a new run with it as --pretrained")
+    fixed = [(f"--{name}", found.get(name), wanted[name]) for name in ("opt", "freeze", "whiten")]
+    fixed += [(name, checkpoint[name], own[name]) for name in ("classes", "images")]
+    fixed.append(("numbers of steps in an epoch", steps, run.steps))
+    why = ", ".join(f"other {name}" for name, old, new in fixed if old != new)
+    if why or not checkpoint["optimizer"]:
+        raise UserError(f"{path} has {why or 'no optimizer'}: start a run with it as --pretrained")
     check_weights(model, checkpoint["model"], path)
     model.load_state_dict(checkpoint["model"])
     groups = zip(checkpoint["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
@@ -632,8 +629,9 @@ def load_same_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     """Load the data on every process. Raises UserError on all if it fails or differs on one."""
     options = (args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
     data = load_on_all(accelerator, *options)
-    flags = {name: value for name, value in vars(args).items() if name not in OWN}
-    summary = (flags, data.classes, data.train.labels.tolist(), len(data.val))
+    # If the processes differed in other flags, they would wait for one another.
+    own = dict.fromkeys(("data_dir", "workers", "pretrained"))
+    summary = (vars(args) | own, data.classes, data.train.labels.tolist(), len(data.val))
     if any(found != summary for found in gather_object([summary])):
         raise UserError("the processes have different flags or data, which must be the same")
     return data
@@ -749,7 +747,8 @@ def describe_next(run: Run) -> str:
     """Return lines that say what to do next. A run that ended in its first epoch has no best.pt."""
     path = run.folder / ("best.pt" if (run.folder / "best.pt").exists() else "last.pt")
     more = f" --model {run.args.model}" if ":" in run.args.model else ""
-    more += " --report report" if len(run.data.test) else " --report report --split val"
+    split = next(name for name in ("test", "val", "train") if len(getattr(run.data, name)))
+    more += " --report report" + f" --split {split}" * (split != "test")
     best = run.state.history[run.state.best_epoch - 1] if run.state.best_epoch else {}
     lines = [f"best      epoch {best['epoch']}: val loss {best['val_loss']:.3f}, error "
              f"{best['val_top1_error']:.2%}"] if "val_loss" in best else []
@@ -773,8 +772,8 @@ def explain(error: Exception) -> str:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
     if "gloo" in text and "by peer" in text:
         return "another process of the run ended: its own output says why"
-    is_broken_pipe = isinstance(error, (ConnectionError, EOFError))
-    if text.startswith("DataLoader worker (pid") or (is_broken_pipe and "Caught" not in text):
+    is_cut_off = isinstance(error, (ConnectionResetError, EOFError)) and "Caught" not in text
+    if text.startswith("DataLoader worker (pid") or is_cut_off:
         return "a data worker was killed, perhaps for lack of memory: try --workers 0"
     raise error
 

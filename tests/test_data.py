@@ -5,6 +5,7 @@ import pickle
 import re
 import struct
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -132,9 +133,7 @@ def test_a_wrong_or_missing_file_of_the_folder_is_named(tmp_path, file):
             load_data("cifar10", tmp_path)
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
-    def fail(*arguments, **options):
-        raise OSError("no route to host")
-
+    fail = Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr(data, "download_and_extract_archive", fail)
     monkeypatch.setattr(sys, "argv", ["data.py", "--stats", "--data-dir", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
@@ -142,6 +141,9 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     message = stop.value.code  # a string is printed to stderr, and the status is 1
     assert message.startswith(f"data.py: {tmp_path}/cifar-10-batches-py: ") and "\n" not in message
     assert all(p in message for p in ("no route to host", "www.cs.toronto", "--dataset shapes"))
+    (tmp_path / "train").mkdir()  # nothing is downloaded into a folder of photos
+    with pytest.raises(UserError, match=r"holds train/, not cifar10: add --dataset folder$"):
+        load_data("cifar10", tmp_path)
 
 def test_wrong_arguments_of_load_data_are_named():
     with pytest.raises(UserError, match=r"dataset='mnist': .* cifar100, shapes, folder"):

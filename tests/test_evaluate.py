@@ -167,7 +167,7 @@ def test_another_dataset_than_the_checkpoints_is_refused(checkpoint, run_evaluat
     huge = torch.full_like(checkpoint["model"]["fc.weight"], 3e38)
     for change, flags, message in (
         ({"classes": ["cat"] * 10}, (), "has other classes"),
-        ({"images": {"train": 100, "val": 20}}, ("--split", "val"), "split=val: changed from"),
+        ({"images": {"train": 100, "val": 20}}, ("--split", "val"), "split=val: other images"),
         ({"args": folder}, ("--dataset", "cifar10"), "32 x 32 pixels, but .* takes 64 x 64"),
         ({"model": checkpoint["model"] | {"fc.weight": huge}}, (), "outputs are not finite"),
     ):
@@ -230,8 +230,10 @@ def test_predict_takes_a_path_or_a_model_and_images_or_paths(checkpoint, cifar_d
     for (i, top), (_, same), (k, *_) in zip(predict(model, images), results, expected.indices):
         assert top[0][0] == same[0][0] == f"class {k}"
         assert [p for _, p in top + same] == pytest.approx(2 * expected.values[i, :5].tolist())
-    with pytest.raises(UserError, match=r"none\.jpg: cannot be read"):
-        predict(model, [tmp_path / "none.jpg"])
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("none.jpg", "cannot be read"), ("empty", "a folder without images")):
+        with pytest.raises(UserError, match=rf"/{name}: {reason}"):
+            predict(model, [tmp_path / name])
 
 def test_predictions_are_written(checkpoint, run_evaluate, cifar_dir, tmp_path, capsys):
     image, out = load_data("cifar10", cifar_dir).test.images[0], tmp_path / "out"

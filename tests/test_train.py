@@ -478,9 +478,9 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
     for more, message in (
         (("--epochs", "2"), r"settings: epochs 1 -> 2; repeat them, or add --override"),
         (("--model-args", "bridge=none"), "settings: bridge se -> none; "),
-        (("--override", "--opt", "adam"), "has other classes, steps an epoch, --opt"),
-        (("--override", "--freeze", "tail"), "or --whiten, or no optimizer: start a new run"),
-        (("--override", "-b", "16"), "has other classes, steps an epoch, --opt"),
+        (("--override", "--opt", "adam"), "has other --opt: start a run with it as --pretrained"),
+        (("--override", "--freeze", "tail"), "has other --freeze: start a run"),
+        (("--override", "-b", "16"), "has other numbers of steps in an epoch: start a run"),
         (("--override", "--model-args", "bridge=none"), "do not fit the model"),
     ):
         with pytest.raises(SystemExit, match=rf"last\.pt.*{message}"):
