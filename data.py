@@ -230,7 +230,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 def read_image(path: str | Path) -> Tensor:
     """Return an image file as a viewer shows it, uint8 RGB (3, H, W): the first frame, turned as
-    EXIF says, 16-bit grey scaled to 8, transparency on white, other colours by Pillow's formulas.
+    EXIF or XMP says, 16-bit grey scaled to 8, transparency on white, other colours as in Pillow.
     Raises UserError, naming the file, if it cannot be decoded or values have no agreed white."""
     with open_image(path) as image:
         return decode(image)
@@ -268,7 +268,8 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
         image = decode(image)
     if not seeds:
         return centre_crop(image, size, ratio)
-    top, left, rows, columns = box
+    # The sides above are not those of a turned TIFF, whose size Pillow swaps by itself.
+    top, left, rows, columns = draw_box(*image.shape[1:], seeds)
     crop = image[None, :, top : top + rows, left : left + columns]
     crop = crop.contiguous(memory_format=torch.channels_last)  # twice as fast
     return nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
@@ -374,7 +375,7 @@ def load_folder(root: Path, val_fraction: float, seed: int, size: int, ratio: fl
         if (root / split).exists():
             images = FolderSet(root / split, size, ratio, seed)
             if other := tell_apart(sorted(set(images.classes) ^ set(train.classes))):
-                raise UserError(f"{root / split}: unlike train; only one has: {', '.join(other)}")
+                raise UserError(f"{root / split}: unlike train: add or remove {', '.join(other)}")
             train.passed_over.update(images.passed_over)
             splits["val" if split == "valid" else split] = images
     splits.setdefault("test", train.subset(torch.arange(0)))

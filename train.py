@@ -382,7 +382,7 @@ def resume_run(run: Run, path: Path, checkpoint: dict) -> None:
     steps = checkpoint["images"]["train"] // checkpoint["args"]["batch_size"]
     fixed = [(f"--{name}", found.get(name), wanted[name]) for name in ("opt", "freeze", "whiten")]
     fixed += [(name, checkpoint[name], own[name]) for name in ("classes", "images")]
-    fixed.append(("numbers of steps in an epoch", steps, run.steps))
+    fixed.append(("epoch length", steps, run.steps))
     why = ", ".join(f"other {name}" for name, old, new in fixed if old != new)
     if why or not checkpoint["optimizer"]:
         raise UserError(f"{path} has {why or 'no optimizer'}: start a run with it as --pretrained")
@@ -629,8 +629,7 @@ def load_same_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     """Load the data on every process. Raises UserError on all if it fails or differs on one."""
     options = (args.dataset, args.data_dir, args.val_fraction, args.seed, args.image_size)
     data = load_on_all(accelerator, *options)
-    # If the processes differed in other flags, they would wait for one another.
-    own = dict.fromkeys(("data_dir", "workers", "pretrained"))
+    own = dict.fromkeys(("data_dir", "workers", "pretrained"))  # may differ between processes
     summary = (vars(args) | own, data.classes, data.train.labels.tolist(), len(data.val))
     if any(found != summary for found in gather_object([summary])):
         raise UserError("the processes have different flags or data, which must be the same")
@@ -772,8 +771,8 @@ def explain(error: Exception) -> str:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
     if "gloo" in text and "by peer" in text:
         return "another process of the run ended: its own output says why"
-    is_cut_off = isinstance(error, (ConnectionResetError, EOFError)) and "Caught" not in text
-    if text.startswith("DataLoader worker (pid") or is_cut_off:
+    is_cut_off = isinstance(error, (ConnectionError, EOFError)) and "Caught" not in text
+    if text.startswith("DataLoader worker (pid") or (is_cut_off and "Broken pipe" not in text):
         return "a data worker was killed, perhaps for lack of memory: try --workers 0"
     raise error
 

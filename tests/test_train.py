@@ -480,7 +480,7 @@ def test_resume_with_other_settings_is_refused(run_train, tmp_path):
         (("--model-args", "bridge=none"), "settings: bridge se -> none; "),
         (("--override", "--opt", "adam"), "has other --opt: start a run with it as --pretrained"),
         (("--override", "--freeze", "tail"), "has other --freeze: start a run"),
-        (("--override", "-b", "16"), "has other numbers of steps in an epoch: start a run"),
+        (("--override", "-b", "16"), "has other epoch length: start a run"),
         (("--override", "--model-args", "bridge=none"), "do not fit the model"),
     ):
         with pytest.raises(SystemExit, match=rf"last\.pt.*{message}"):
