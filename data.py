@@ -255,7 +255,8 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
     of centre_crop. A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if enough pixels are left."""
     with open_image(path) as image:
         turn = read_turn(image)
-        height, width = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
+        is_swapped = turn in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF's size
+        height, width = image.size if is_swapped else image.size[::-1]
         box = draw_box(height, width, seeds) if seeds else find_centre(height, width, size, ratio)
         scales = [s for s in (8, 4, 2) if min(box[2:]) >= s * size]
         if turn != 1:  # part of a pixel, where s does not divide a side, may not come first
@@ -268,8 +269,7 @@ def read_crop(path: str | Path, size: int, ratio=CENTRE_RATIO, seeds: Sequence =
         image = decode(image)
     if not seeds:
         return centre_crop(image, size, ratio)
-    # The sides above are not those of a turned TIFF, whose size Pillow swaps by itself.
-    top, left, rows, columns = draw_box(*image.shape[1:], seeds)
+    top, left, rows, columns = box
     crop = image[None, :, top : top + rows, left : left + columns]
     crop = crop.contiguous(memory_format=torch.channels_last)  # twice as fast
     return nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
