@@ -388,8 +388,8 @@ def load_split(args: argparse.Namespace, checkpoint: dict, accelerator: Accelera
     data = load_on_all(accelerator, dataset, *options)
     if list(data.classes) != checkpoint["classes"]:
         raise UserError(f"dataset={dataset}: has other classes than {args.checkpoint}")
-    is_same = dataset != trained["dataset"] or describe_split(data) == checkpoint["images"]
-    if args.split == "val" and not is_same:
+    is_other = dataset == trained["dataset"] and describe_split(data) != checkpoint["images"]
+    if args.split == "val" and is_other:
         raise UserError("split=val: other images than those of the run; train again")
     if not len(getattr(data, args.split)):
         raise UserError(f"split={args.split}: has no images in {data_dir}; give another --split")

@@ -38,8 +38,8 @@ def test_transparent_pixels_lie_on_white(tmp_path, mode):
     Image.fromarray(values, mode).save(tmp_path / "image.png")
     colour, alpha = values[..., :-1].astype(float), values[..., -1:] / 255
     expected = np.broadcast_to(colour * alpha + 255 * (1 - alpha), (4, 6, 3))
-    found = read_array(tmp_path / "image.png")
-    np.testing.assert_allclose(found, expected, atol=1)
+    np.testing.assert_allclose(found := read_array(tmp_path / "image.png"), expected, atol=1)
+    assert found[0, 0].tolist() == [255, 255, 255]
 
 def test_a_transparent_palette_entry_lies_on_white(tmp_path):
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
