@@ -771,8 +771,8 @@ def explain(error: Exception) -> str:
         return "/dev/shm is full: use docker run --shm-size 8g, or --workers 0"
     if "gloo" in text and "by peer" in text:
         return "another process of the run ended: its own output says why"
-    is_cut_off = isinstance(error, (ConnectionError, EOFError)) and "Caught" not in text
-    if text.startswith("DataLoader worker (pid") or (is_cut_off and "Broken pipe" not in text):
+    is_broken_pipe = isinstance(error, (ConnectionError, EOFError))
+    if text.startswith("DataLoader worker (pid") or (is_broken_pipe and "Caught" not in text):
         return "a data worker was killed, perhaps for lack of memory: try --workers 0"
     raise error
 
